@@ -1,0 +1,1 @@
+"""Operators of Megalodon on plain tensors; this folder installs as megalodon_mcore.kernels."""

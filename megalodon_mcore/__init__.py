@@ -1,0 +1,1 @@
+"""Megalodon, the long-context architecture of arXiv 2404.08801, inside Megatron-Core."""

@@ -1,0 +1,51 @@
+"""The command line: `python -m megalodon_mcore`, installed as `megalodon-mcore`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+
+DESCRIPTION = "Train Megalodon, the long-context architecture, inside Megatron-Core."
+PRETRAIN_HELP = (
+    "Train in Megatron's loop; takes every Megatron argument and --megalodon-* ones "
+    "(`pretrain --help` lists them)."
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status, 2 with one sentence where input was wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "pretrain":
+        # Megatron has its own parser of several hundred arguments.
+        from megalodon_mcore import pretraining
+
+        pretraining.main(argv[1:])
+        return 0
+    parser, commands = _build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return commands[args.command].run(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"megalodon-mcore {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _build_parser() -> tuple[ArgumentParser, dict]:
+    from megalodon_mcore import describe, generate
+    from megalodon_mcore.data import prepare
+
+    parser = ArgumentParser(prog="megalodon-mcore", description=DESCRIPTION)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {
+        "prepare-data": (prepare, "Turn text or JSONL into Megatron's indexed datasets."),
+        "generate": (generate, "Continue a prompt from a checkpoint, printing as it goes."),
+        "describe": (describe, "Print a named size: configuration, parameters, bytes."),
+    }
+    for name, (module, summary) in commands.items():
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    subparsers.add_parser("pretrain", help=PRETRAIN_HELP, add_help=False)
+    return parser, {name: module for name, (module, _) in commands.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

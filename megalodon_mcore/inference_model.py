@@ -1,0 +1,81 @@
+"""Builds the model of a Megatron checkpoint in a single process, with its tokenizer."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_mcore import cpu, pretraining
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, its Megatron tokenizer and the arguments it was trained with."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    arguments: Namespace
+    iteration: int
+
+
+def load_model(checkpoint: Path, iteration: int | None = None) -> LoadedModel:
+    """Loads a torch_dist checkpoint written by any parallel layout.
+
+    Args:
+        checkpoint: the folder that training had as --save.
+        iteration: which of its checkpoints; the last one by default.
+
+    Raises:
+        FileNotFoundError: there is no finished checkpoint in the folder.
+    """
+    if not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} holds no finished checkpoint; give the folder that training had as "
+            "--save."
+        )
+    if not torch.distributed.is_initialized():
+        cpu.install()
+        pretraining.prepare_megatron()
+        pretraining.stand_alone_environment()
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    arguments = _arguments_for(checkpoint, iteration)
+    initialize_megatron()
+    model_config = gpt_config_from_args(arguments)
+    models = GPTModelBuilder(model_config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    loaded_iteration, _ = load_checkpoint(models, None, None)
+    model = models[0]
+    while hasattr(model, "module"):
+        model = model.module
+    return LoadedModel(model.eval(), build_tokenizer(arguments), arguments, loaded_iteration)
+
+
+def _arguments_for(checkpoint: Path, iteration: int | None) -> Namespace:
+    """Megatron's arguments for one process, all of the model's from the checkpoint."""
+    command_line = [
+        *("--load", str(checkpoint), "--use-checkpoint-args"),
+        "--use-tokenizer-model-from-checkpoint-args",
+        *("--micro-batch-size", "1", "--exit-on-missing-checkpoint"),
+        *("--no-load-optim", "--no-load-rng"),
+    ]
+    if iteration is not None:
+        command_line += ["--ckpt-step", str(iteration)]
+    original = sys.argv
+    sys.argv = [original[0], *command_line]
+    try:
+        return pretraining.parse_arguments(from_checkpoint=("bf16", "fp16"))
+    finally:
+        sys.argv = original

@@ -1,0 +1,1 @@
+"""Megalodon's modules, in Megatron's [length, batch, hidden] layout."""

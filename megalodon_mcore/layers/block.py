@@ -1,0 +1,151 @@
+"""A Megalodon block as the layer of Megatron's TransformerBlock, and the model's final norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    get_transformer_layer_offset,
+)
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+from torch.nn import functional as F
+
+from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.kernels.timestep_norm import TimestepNormState
+from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
+from megalodon_mcore.layers.mixer import MegalodonMixer, MixerState
+from megalodon_mcore.layers.norms import TimestepNorm
+
+
+@dataclass
+class MegalodonLayerSubmodules:
+    """The linear layers a block is built from."""
+
+    column_parallel_linear: type = ColumnParallelLinear
+    row_parallel_linear: type = RowParallelLinear
+
+
+class MegalodonLayer(MegatronModule, BaseTransformerLayer):
+    """One block with the two-hop residual: y = x + mixer(x), out = x + FFN(y).
+
+    The first layer also scales the embedding, where the configuration asks for it: Megatron's
+    embedding has no such option, and nothing lies between the two.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MegalodonLayerSubmodules,
+        megalodon: ResolvedMegalodonConfig,
+        rotary_base: float,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number = layer_number + get_transformer_layer_offset(
+            config, vp_stage, get_pg_rank(pg_collection.pp)
+        )
+        self.embedding_scale = (
+            math.sqrt(config.hidden_size)
+            if megalodon.scale_embedding and self.layer_number == 1
+            else None
+        )
+        self.recompute_feed_forward = (
+            config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
+        )
+        common: dict[str, Any] = {
+            "config": config,
+            "megalodon": megalodon,
+            "column_parallel_linear": submodules.column_parallel_linear,
+            "row_parallel_linear": submodules.row_parallel_linear,
+            "pg_collection": pg_collection,
+            "device": parameter_device(config),
+        }
+        self.mixer = MegalodonMixer(rotary_base=rotary_base, **common)
+        self.feed_forward = MegalodonFeedForward(layer_number=self.layer_number, **common)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        inference_context: object | None = None,
+        packed_seq_params: object | None = None,
+        **unused: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor | None]:
+        """What TransformerBlock calls; masks and rotary embeddings it passes are not needed.
+
+        Raises:
+            ValueError: packed sequences or an inference context, which a block cannot honour.
+        """
+        if packed_seq_params is not None:
+            raise ValueError(
+                "Megalodon does not mask documents inside a sample yet; train without "
+                "--dataloader-inter-document-masking, --sft and other packed-sequence options."
+            )
+        if inference_context is not None:
+            raise ValueError(
+                "Megalodon streams with states of its own; use `megalodon-mcore generate`."
+            )
+        return self._block(hidden_states, None, False)[0], context
+
+    def stream(self, hidden_states: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """Continues a sequence from `state` (None at its start); returns the state after it."""
+        hidden_states, state = self._block(hidden_states, state, True)
+        assert state is not None
+        return hidden_states, state
+
+    def _block(
+        self, hidden_states: Tensor, state: MixerState | None, return_state: bool
+    ) -> tuple[Tensor, MixerState | None]:
+        if self.embedding_scale is not None:
+            hidden_states = hidden_states * self.embedding_scale
+        update, state = self.mixer(hidden_states, state, return_state)
+        middle = hidden_states + F.dropout(update, self.config.hidden_dropout, self.training)
+        if self.recompute_feed_forward and self.training:
+            output = tensor_parallel.checkpoint(self.feed_forward, False, middle)
+        else:
+            output = self.feed_forward(middle)
+        return hidden_states + output, state
+
+
+class FinalTimestepNorm(TimestepNorm):
+    """The model's last norm, called by TransformerBlock with hidden states alone."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, num_groups: int
+    ) -> None:
+        super().__init__(hidden_size, num_groups, eps, parameter_device(config))
+        self.output_dtype = config.params_dtype
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalizes [length, batch, hidden_size]."""
+        return super().forward(hidden_states)[0].to(self.output_dtype).contiguous()
+
+    def stream(
+        self, hidden_states: Tensor, state: TimestepNormState | None
+    ) -> tuple[Tensor, TimestepNormState | None]:
+        """Continues a sequence from `state` (None at its start)."""
+        hidden_states, state = super().forward(hidden_states, state, return_state=True)
+        return hidden_states.to(self.output_dtype), state
+
+
+def parameter_device(config: TransformerConfig) -> torch.device:
+    """Where Megatron's own layers put their parameters under this configuration."""
+    if config.init_model_with_meta_device:
+        return torch.device("meta")
+    if config.use_cpu_initialization or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,90 @@
+"""The normalized feed-forward network, the second half of a block."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.layers.float32_module import Float32Module
+from megalodon_mcore.layers.initialization import projection_initializer
+from megalodon_mcore.layers.norms import LayerNorm
+
+
+class Rescale(Float32Module):
+    """A learned factor per channel (released `rescale_nffn`)."""
+
+    def __init__(self, hidden_size: int, start: float, device: torch.device | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.full((hidden_size,), start, dtype=torch.float32, device=device)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Multiplies [..., hidden_size] and keeps its dtype."""
+        return (hidden_states * self.weight).to(hidden_states.dtype)
+
+
+class MegalodonFeedForward(MegatronModule):
+    """LayerNorm, then (silu(u W1) * (u W3)) W2, or silu(u W1) W2 without SwiGLU; no biases.
+
+    With SwiGLU `linear_fc1` holds W1 over W3, as Megatron's own MLP does.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        megalodon: ResolvedMegalodonConfig,
+        layer_number: int,
+        column_parallel_linear: type,
+        row_parallel_linear: type,
+        pg_collection: ProcessGroupCollection,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config=config)
+        hidden_size, ffn_size = config.hidden_size, config.ffn_hidden_size
+        self.hidden_dropout = megalodon.hidden_dropout
+        self.swiglu = config.gated_linear_unit
+        self.norm = LayerNorm(hidden_size, config.layernorm_epsilon, device)
+        self.linear_fc1 = column_parallel_linear(
+            hidden_size,
+            2 * ffn_size if self.swiglu else ffn_size,
+            config=config,
+            init_method=projection_initializer(megalodon.init_mode, hidden_size, ffn_size),
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_group=pg_collection.tp,
+        )
+        self.linear_fc2 = row_parallel_linear(
+            ffn_size,
+            hidden_size,
+            config=config,
+            init_method=projection_initializer(megalodon.init_mode, ffn_size, hidden_size),
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=pg_collection.tp,
+        )
+        self.rescale = (
+            Rescale(hidden_size, 0.1 * 0.5 ** (layer_number - 1), device)
+            if megalodon.rescale_nffn
+            else None
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[length, batch, hidden_size] to the FFN's output, rescaled, without the residual."""
+        normalized = self.norm(hidden_states).to(self.config.params_dtype)
+        hidden, _ = self.linear_fc1(normalized)
+        if self.swiglu:
+            gate, linear = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * linear
+        else:
+            hidden = F.silu(hidden)
+        output, _ = self.linear_fc2(F.dropout(hidden, self.hidden_dropout, self.training))
+        output = F.dropout(output, self.config.hidden_dropout, self.training)
+        return output if self.rescale is None else self.rescale(output)

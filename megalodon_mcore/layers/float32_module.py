@@ -1,0 +1,28 @@
+"""A base for modules whose parameters stay float32 when the model is cast to bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Float32Module(nn.Module):
+    """Ignores the change of dtype in `.to()`, `.bfloat16()` and the like, follows all else.
+
+    Megatron's Float16Module casts every parameter; CEMA's decays and the norms' weights lose too
+    much by that. Megatron's DDP buffers and optimizers sort parameters by dtype, so they take it.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+def float32_parameter(shape: tuple[int, ...], device: torch.device | None) -> nn.Parameter:
+    """A float32 parameter of zeros."""
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))

@@ -1,0 +1,358 @@
+"""Trains Megalodon in Megatron's own loop, from the megatron-core wheel alone.
+
+The repository's root scripts are not in the wheel; this module stands where pretrain_gpt.py does:
+it gives Megatron's `pretrain` a batch, a loss and datasets, and adds the `--megalodon-*` arguments.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalodon_mcore.config import INIT_MODES, SIZES
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def main(argv: list[str]) -> None:
+    """Runs `pretrain` with these command-line arguments, on the GPU or, without one, the CPU.
+
+    Raises:
+        SystemExit: the arguments are wrong (2) or Megatron exits by itself.
+    """
+    from megalodon_mcore import cpu
+
+    cpu.install()
+    prepare_megatron()
+    stand_alone_environment()
+    # Megatron reads its arguments from here and nowhere else.
+    sys.argv = [sys.argv[0], *argv]
+    run()
+
+
+def prepare_megatron() -> None:
+    """Keeps Megatron from compiling the dataset helpers that its wheel ships compiled."""
+    from megatron.core.datasets import utils as dataset_utils
+
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        return
+    dataset_utils.compile_helpers = lambda: None
+
+
+def stand_alone_environment() -> None:
+    """Gives torch.distributed what torchrun would, for a single process started without it."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def run() -> None:
+    """Parses sys.argv as Megatron does and trains."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    args = parse_arguments()
+    model_config = gpt_config_from_args(args)
+    check_model(model_config)
+    datasets_provider.is_distributed = True
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=get_embedding_ranks,
+    )
+
+
+def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
+    """Parses and validates sys.argv and makes it Megatron's global arguments.
+
+    Like Megatron's parse_and_validate_args, but a spec may be one word, and --use-checkpoint-args
+    brings back the arguments named in `from_checkpoint` too. (Megalodon's own values are brought
+    back by the spec, whoever parsed the arguments.)
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    args = parse_args(add_megalodon_arguments)
+    if args.use_checkpoint_args:
+        if args.load is None:
+            raise SystemExit(
+                "--use-checkpoint-args takes its values from --load, which is missing."
+            )
+        loaded = load_args_from_checkpoint(args)
+        if isinstance(loaded, tuple):
+            for name in from_checkpoint:
+                setattr(args, name, getattr(loaded[1], name))
+    if args.spec is not None and len(args.spec) == 1:
+        args.spec = [args.spec[0], "spec"]
+    validate_args(args)
+    set_global_variables(args)
+    return args
+
+
+def check_model(model_config: Any) -> None:  # noqa: ANN401
+    """Resolves the spec before any process group exists, so that a wrong value fails at once.
+
+    Raises:
+        SystemExit: with the one sentence of the ValueError.
+    """
+    from megalodon_mcore.spec import MegalodonSpec
+    from megalodon_mcore.validation import check_supported
+
+    spec = model_config.transformer_layer_spec
+    if not isinstance(spec, MegalodonSpec):
+        return
+    try:
+        check_supported(model_config.transformer, model_config.position_embedding_type)
+        spec.resolve(model_config.transformer)
+    except ValueError as error:
+        raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
+
+
+def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Adds `--megalodon-*` to Megatron's parser and makes its defaults Megalodon's."""
+    group = parser.add_argument_group(
+        title="megalodon", description="Values of Megalodon that Megatron has no argument for."
+    )
+    group.add_argument(
+        "--megalodon-size",
+        choices=list(SIZES),
+        help="Named size: sets the defaults of the Megatron arguments (layers, widths, heads, "
+        "SwiGLU, RoPE base, tied embeddings) and of those below.",
+    )
+    group.add_argument(
+        "--megalodon-chunk-size", type=int, help="Positions an attention chunk spans (2048)."
+    )
+    group.add_argument(
+        "--megalodon-z-dim", type=int, help="Width queries and keys come from (hidden size / 4)."
+    )
+    group.add_argument(
+        "--megalodon-value-dim", type=int, help="Width of values and gate (2 x hidden size)."
+    )
+    group.add_argument(
+        "--megalodon-cema-ndim", type=int, help="EMA dimensions per channel, 1 to 32 (16)."
+    )
+    group.add_argument(
+        "--megalodon-norm-num-groups",
+        type=int,
+        help="Groups of TimestepNorm (hidden size / 32, at most 64).",
+    )
+    group.add_argument(
+        "--megalodon-rescale-nffn",
+        action=BooleanOptionalAction,
+        help="Scale the FFN's output by a learned vector starting at 0.1 * 0.5^layer.",
+    )
+    group.add_argument(
+        "--megalodon-scale-embedding",
+        action=BooleanOptionalAction,
+        help="Multiply the embedding by sqrt(hidden size).",
+    )
+    group.add_argument(
+        "--megalodon-hidden-dropout",
+        type=float,
+        help="Dropout on the mixer's and FFN's hidden activations (0). Megatron's "
+        "--hidden-dropout is the one on the embedding and on residual updates.",
+    )
+    group.add_argument(
+        "--megalodon-init-mode", choices=INIT_MODES, help="How projections start (he)."
+    )
+    parser.set_defaults(**_defaults())
+    return parser
+
+
+def _defaults() -> dict[str, Any]:
+    """Defaults over Megatron's: Megalodon's own, what this machine lacks, and the named size's."""
+    from megalodon_mcore import cpu
+    from megalodon_mcore.spec import NAMES_BY_SIZE
+
+    preparser = ArgumentParser(add_help=False, allow_abbrev=False)
+    preparser.add_argument("--megalodon-size", choices=list(SIZES))
+    size = preparser.parse_known_args()[0].megalodon_size
+
+    defaults: dict[str, Any] = {
+        "spec": ["megalodon_mcore.spec", NAMES_BY_SIZE[size] if size else "megalodon"],
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "add_bias_linear": False,
+        "transformer_impl": "local",
+        "create_attention_mask_in_dataloader": False,
+        "distributed_backend": "nccl" if cpu.has_gpu() else "gloo",
+    }
+    if not _is_installed("fused_weight_gradient_mlp_cuda"):
+        defaults["gradient_accumulation_fusion"] = False
+    if not _is_installed("apex"):
+        defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
+    if size:
+        defaults |= SIZES[size].megatron_arguments()
+    return defaults
+
+
+def _is_installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
+    """Megatron's forward step: token losses [batch, length] and the function that sums them."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return losses, partial(sum_losses, batch["loss_mask"])
+
+
+def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor | None]:
+    """The next micro-batch on the stages that need it; tensors are [batch, length]."""
+    from megatron.core import mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    args = get_args()
+    batch: dict[str, Any] = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {
+            key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
+            for key in (*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+
+
+def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The summed loss, the number of tokens in it, and both for the log."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    num_tokens = mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for is_bad, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=is_bad,
+                message=f"the loss of this micro-batch is {name}",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = torch.cat([loss.detach().view(1), num_tokens.detach().view(1).float()])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
+    """Megatron's GPT datasets for train, validation and test."""
+    from megatron.core import mpu
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args
+    from megatron.training.utils import (
+        get_blend_and_blend_per_split,
+        is_first_or_last_pipeline_stage,
+    )
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+
+    def is_needed_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
+            vp_stage
+        )
+
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset, num_samples, is_needed_here, config
+    ).build()
+
+
+def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """The pipeline ranks that hold the embedding: the first and, where it is tied, the last."""
+    from megatron.training import get_args
+
+    if len(pp_ranks) == 1 or get_args().untie_embeddings_and_output_weights:
+        return [pp_ranks[0]]
+    return [pp_ranks[0], pp_ranks[-1]]

@@ -1,0 +1,196 @@
+"""The specs that Megatron builds Megalodon from: `--spec megalodon_mcore.spec megalodon`.
+
+Each name below is a MegalodonSpec. `pretrain_gpt.py` calls it with its model configuration;
+callers that hand it straight to GPTModel reach it through a hook on GPTModel's constructor, since
+Megatron has no other place where a spec learns its configuration and names the final norm.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import logging
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megalodon_mcore.config import (
+    SIZES,
+    MegalodonConfig,
+    MegalodonSize,
+    ResolvedMegalodonConfig,
+    config_from_environment,
+)
+from megalodon_mcore.layers.block import (
+    FinalTimestepNorm,
+    MegalodonLayer,
+    MegalodonLayerSubmodules,
+)
+from megalodon_mcore.layers.initialization import embedding_initializer
+from megalodon_mcore.validation import check_supported
+
+logger = logging.getLogger(__name__)
+
+ARGUMENT_PREFIX = "megalodon_"
+"""Megalodon's values live in Megatron's arguments, and so in its checkpoints, behind this."""
+
+
+@dataclass(frozen=True)
+class MegalodonSpec:
+    """Builds the layers and the final norm for a configuration; `size` gives the defaults."""
+
+    size: MegalodonSize | None = None
+
+    def __call__(
+        self,
+        model_config: Any,  # noqa: ANN401
+        vp_stage: int | None = None,
+    ) -> TransformerBlockSubmodules:
+        """What GPTModelBuilder calls with its GPTModelConfig."""
+        return self.block_submodules(
+            model_config.transformer,
+            rotary_base=model_config.rotary_base,
+            position_embedding_type=model_config.position_embedding_type,
+            vp_stage=vp_stage,
+        )
+
+    def block_submodules(
+        self,
+        config: TransformerConfig,
+        rotary_base: float = 10_000,
+        position_embedding_type: str = "none",
+        vp_stage: int | None = None,
+        pp_rank: int | None = None,
+    ) -> TransformerBlockSubmodules:
+        """The specs of one pipeline stage; sets the embedding's initializers in `config`.
+
+        Raises:
+            ValueError: the configuration asks for what Megalodon cannot do, or values do not fit.
+        """
+        check_supported(config, position_embedding_type)
+        megalodon = self.resolve(config)
+        config.init_method = embedding_initializer(config.hidden_size)
+        config.embedding_init_method = config.init_method
+        layer = ModuleSpec(
+            module=MegalodonLayer,
+            params={"megalodon": megalodon, "rotary_base": rotary_base},
+            submodules=MegalodonLayerSubmodules(),
+        )
+        return TransformerBlockSubmodules(
+            layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),
+            layer_norm=functools.partial(FinalTimestepNorm, num_groups=megalodon.norm_num_groups),
+        )
+
+    def resolve(self, config: TransformerConfig) -> ResolvedMegalodonConfig:
+        """Megalodon's values: Megatron's arguments, then the environment, then a checkpoint's
+        arguments where those are asked for, then the named size.
+
+        What comes out is written back to Megatron's arguments, so that checkpoints keep it.
+        """
+        self._warn_of_differences(config)
+        values = self.size.megalodon if self.size else MegalodonConfig()
+        arguments = _megatron_arguments()
+        if arguments is not None and getattr(arguments, "use_checkpoint_args", False):
+            values = values.override(values_in_checkpoint(arguments))
+        values = values.override(config_from_environment())
+        if arguments is not None:
+            values = values.override(values_in_arguments(arguments))
+        resolved = values.resolve(config.hidden_size, config.num_attention_heads)
+        if arguments is not None:
+            for name, value in dataclasses.asdict(resolved).items():
+                setattr(arguments, ARGUMENT_PREFIX + name, value)
+        return resolved
+
+    def _warn_of_differences(self, config: TransformerConfig) -> None:
+        if self.size is None:
+            return
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
+            wanted, given = getattr(self.size, name), getattr(config, name)
+            if wanted != given:
+                logger.warning(
+                    "--%s is %s; the named size has %s.", name.replace("_", "-"), given, wanted
+                )
+
+
+def values_in_arguments(arguments: Namespace) -> dict[str, Any]:
+    """The Megalodon values that a namespace of Megatron arguments holds."""
+    values = {
+        field.name: getattr(arguments, ARGUMENT_PREFIX + field.name, None)
+        for field in dataclasses.fields(MegalodonConfig)
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def values_in_checkpoint(arguments: Namespace) -> dict[str, Any]:
+    """The Megalodon values that the checkpoint under --load was trained with, if there is one."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    loaded = load_args_from_checkpoint(copy.copy(arguments))
+    return values_in_arguments(loaded[1]) if isinstance(loaded, tuple) else {}
+
+
+def _megatron_arguments() -> Namespace | None:
+    """Megatron's global arguments; None where a caller uses megatron.core alone."""
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    return getattr(global_vars, "_GLOBAL_ARGS", None)
+
+
+def _resolve_spec_in_constructor() -> None:
+    """Lets GPTModel take a MegalodonSpec, as GPTModelBuilder already takes any callable."""
+    construct = GPTModel.__init__
+    if getattr(construct, "takes_megalodon_spec", False):
+        return
+    signature = inspect.signature(construct)
+
+    @functools.wraps(construct)
+    def construct_with_spec(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        if isinstance(given["transformer_layer_spec"], MegalodonSpec):
+            groups = given["pg_collection"]
+            given["transformer_layer_spec"] = given["transformer_layer_spec"].block_submodules(
+                given["config"],
+                rotary_base=given["rotary_base"],
+                position_embedding_type=given["position_embedding_type"],
+                vp_stage=given["vp_stage"],
+                pp_rank=groups.pp.rank() if groups is not None else None,
+            )
+        construct(*bound.args, **bound.kwargs)
+
+    construct_with_spec.takes_megalodon_spec = True
+    GPTModel.__init__ = construct_with_spec
+
+
+_resolve_spec_in_constructor()
+
+megalodon = MegalodonSpec()
+megalodon_200m = MegalodonSpec(SIZES["200m"])
+megalodon_1_3b = MegalodonSpec(SIZES["1.3b"])
+megalodon_1_3b_pg19 = MegalodonSpec(SIZES["1.3b-pg19"])
+megalodon_7_1b = MegalodonSpec(SIZES["7.1b"])
+megalodon_7_3b = MegalodonSpec(SIZES["7.3b"])
+megalodon_7b = MegalodonSpec(SIZES["7b-paper"])
+
+spec = megalodon
+"""What the one-word form `--spec megalodon_mcore.spec` means."""
+
+NAMES_BY_SIZE = {
+    "200m": "megalodon_200m",
+    "1.3b": "megalodon_1_3b",
+    "1.3b-pg19": "megalodon_1_3b_pg19",
+    "7.1b": "megalodon_7_1b",
+    "7.3b": "megalodon_7_3b",
+    "7b-paper": "megalodon_7b",
+}

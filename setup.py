@@ -1,0 +1,39 @@
+"""Installs megalodon_mcore; the folder kernels/ becomes the package megalodon_mcore.kernels."""
+
+from setuptools import find_packages, setup
+
+kernel_packages = ["megalodon_mcore.kernels"] + [
+    f"megalodon_mcore.kernels.{name}" for name in find_packages("kernels")
+]
+
+setup(
+    name="megalodon-mcore",
+    version="0.1.0",
+    description="Megalodon, the long-context architecture, trained inside Megatron-Core.",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megalodon_mcore", "megalodon_mcore.*"]) + kernel_packages,
+    package_dir={"megalodon_mcore.kernels": "kernels"},
+    install_requires=[
+        "megatron-core[training]>=0.19.1,<0.20",
+        "torch>=2.6",
+        "numpy",
+        "nltk",
+        "tokenizers",
+        "transformers",
+        "sentencepiece",
+        "tensorboard",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "test": [
+            "pytest==9.2.0",
+            "hypothesis==6.170.15",
+            "ruff==0.17.6",
+            "megalodon-jax==0.2.2",
+            "jax==0.10.2",
+            "jaxlib==0.10.2",
+        ],
+    },
+    entry_points={"console_scripts": ["megalodon-mcore = megalodon_mcore.__main__:main"]},
+)

@@ -1,0 +1,66 @@
+"""Builds small models for tests."""
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megalodon_mcore.config import MegalodonConfig, MegalodonSize
+from megalodon_mcore.spec import MegalodonSpec
+
+EPS = 1e-5
+
+
+def transformer_config(
+    num_layers=2, hidden_size=32, heads=1, ffn=48, swiglu=False, **options
+) -> TransformerConfig:
+    values = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": ffn,
+        "gated_linear_unit": swiglu,
+        "layernorm_epsilon": EPS,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": False,
+        "use_cpu_initialization": True,
+        "gradient_accumulation_fusion": False,
+        "pipeline_dtype": torch.float32,
+    }
+    return TransformerConfig(**(values | options))
+
+
+def build(own: MegalodonConfig, vocab_size=64, tied=False, rotary_base=10_000, **options):
+    """A GPTModel handed a MegalodonSpec straight, and the resolved Megalodon configuration."""
+    config = transformer_config(**options)
+    spec = MegalodonSpec(
+        MegalodonSize(
+            config.num_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.ffn_hidden_size,
+            config.gated_linear_unit,
+            rotary_base,
+            tied,
+            own,
+        )
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=vocab_size,
+        max_sequence_length=1024,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="none",
+        rotary_base=rotary_base,
+    )
+    return model, own.resolve(config.hidden_size, config.num_attention_heads)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Moves every parameter off its (often zero) start, so that each one matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * noise.to(parameter.dtype))
