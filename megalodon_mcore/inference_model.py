@@ -67,7 +67,6 @@ def _arguments_for(checkpoint: Path, iteration: int | None) -> Namespace:
     """Megatron's arguments for one process, all of the model's from the checkpoint."""
     command_line = [
         *("--load", str(checkpoint), "--use-checkpoint-args"),
-        "--use-tokenizer-model-from-checkpoint-args",
         *("--micro-batch-size", "1", "--exit-on-missing-checkpoint"),
         *("--no-load-optim", "--no-load-rng"),
     ]
@@ -76,6 +75,6 @@ def _arguments_for(checkpoint: Path, iteration: int | None) -> Namespace:
     original = sys.argv
     sys.argv = [original[0], *command_line]
     try:
-        return pretraining.parse_arguments(from_checkpoint=("bf16", "fp16"))
+        return pretraining.parse_arguments(from_checkpoint=("bf16", "fp16", "vocab_size"))
     finally:
         sys.argv = original

@@ -108,7 +108,7 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
         loaded = load_args_from_checkpoint(args)
         if isinstance(loaded, tuple):
             for name in from_checkpoint:
-                setattr(args, name, getattr(loaded[1], name))
+                setattr(args, name, getattr(loaded[1], name, None))
     if args.spec is not None and len(args.spec) == 1:
         args.spec = [args.spec[0], "spec"]
     validate_args(args)
@@ -183,12 +183,14 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--megalodon-init-mode", choices=INIT_MODES, help="How projections start (he)."
     )
     parser.set_defaults(**_defaults())
+    # Megatron's own usage line runs over several hundred arguments before it says what is wrong.
+    parser.prog = "megalodon-mcore pretrain"
+    parser.usage = "%(prog)s ARGUMENTS (--help lists them)"
     return parser
 
 
 def _defaults() -> dict[str, Any]:
     """Defaults over Megatron's: Megalodon's own, what this machine lacks, and the named size's."""
-    from megalodon_mcore import cpu
     from megalodon_mcore.spec import NAMES_BY_SIZE
 
     preparser = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -204,7 +206,6 @@ def _defaults() -> dict[str, Any]:
         "add_bias_linear": False,
         "transformer_impl": "local",
         "create_attention_mask_in_dataloader": False,
-        "distributed_backend": "nccl" if cpu.has_gpu() else "gloo",
     }
     if not _is_installed("fused_weight_gradient_mlp_cuda"):
         defaults["gradient_accumulation_fusion"] = False

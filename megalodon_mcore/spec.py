@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megalodon_mcore import megatron_fixes
 from megalodon_mcore.config import (
     SIZES,
     MegalodonConfig,
@@ -173,6 +174,7 @@ def _resolve_spec_in_constructor() -> None:
     GPTModel.__init__ = construct_with_spec
 
 
+megatron_fixes.apply()
 _resolve_spec_in_constructor()
 
 megalodon = MegalodonSpec()

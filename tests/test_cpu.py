@@ -1,4 +1,4 @@
-"""The CPU stand-in for CUDA: what it answers, what it refuses, that it leaves no trace, and runs."""
+"""The CPU stand-in for CUDA: what it answers and refuses, that it leaves no trace, and scripts."""
 
 import math
 import multiprocessing.spawn
@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
-
 from megalodon_mcore import cpu
+from torch.utils.data import DataLoader
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no stand-in")
 
@@ -48,6 +47,8 @@ def attributes() -> dict[tuple[str, str], int]:
         "autocast": torch.autocast,
         "accelerator": torch.accelerator,
         "serialization": torch.serialization,
+        "autograd": torch.autograd,
+        "autograd.graph": torch.autograd.graph,
         "dist": dist,
         "c10d": dist.distributed_c10d,
         "DataLoader": DataLoader,
@@ -67,9 +68,12 @@ def test_factories_and_moves_stay_on_the_cpu(cuda, device):
     for tensor in (*moved, *made, *module.parameters(), torch.ones(2).cuda(), made[0].new_zeros(1)):
         assert tensor.device.type == "cpu"
     assert moved[1].dtype == torch.bfloat16
-    assert torch.as_tensor([1.0], torch.float32, torch.device("cuda")).device.type == "cpu"
+    assert torch.as_tensor([1.0], device=torch.device("cuda")).device.type == "cpu"
     with torch.device("cuda"):
         assert torch.ones(1).device.type == "cpu"
+    torch.set_default_device("cuda")
+    assert torch.ones(1).device.type == "cpu"
+    torch.set_default_device(None)
 
 
 def test_typed_constructors_and_types_are_cudas(cuda):
@@ -185,7 +189,7 @@ def test_loads_what_names_a_gpu(cuda, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["CUDAGraph", "graph_pool_handle", "MemPool", "current_blas_handle", "cudart"]
+    "name", ["CUDAGraph", "graph", "graph_pool_handle", "MemPool", "current_blas_handle", "cudart"]
 )
 def test_refuses_what_it_cannot_do(cuda, name):
     with pytest.raises(NotImplementedError, match=rf"torch\.cuda\.{name} needs a real GPU"):
@@ -288,7 +292,9 @@ TINY_GPT = """
 
 
 @pytest.mark.megatron_lm
-@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no checkout")
+@pytest.mark.skipif(
+    "MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH names no checkout"
+)
 def test_trains_with_the_unmodified_script():
     checkout = os.environ["MEGATRON_LM_PATH"]
     done = launch(
@@ -297,6 +303,7 @@ def test_trains_with_the_unmodified_script():
         torchrun=2,
         timeout=300,
         PYTHONPATH=checkout,
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     )
     assert done.returncode == 0, done.stderr

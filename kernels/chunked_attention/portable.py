@@ -1,0 +1,142 @@
+"""Chunked causal attention with plain torch operations, for any device.
+
+The values are up to 8 times wider than the keys, so nearly all the work is in the products with
+the values. Taking a block of queries at a time against only the keys it can see saves almost
+half of it, and makes an online softmax needless: a block holds its whole rows.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .naive import AttentionState
+
+QUERY_BLOCK = 256
+
+
+def chunked_attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    state: AttentionState | None = None,
+    dropout_p: float = 0.0,
+    return_state: bool = False,
+) -> tuple[Tensor, AttentionState | None]:
+    """Same arguments and results as `chunked_attention`; nothing is checked here."""
+    batch, length = q.shape[:2]
+    cached = 0 if state is None else state.key.shape[1]
+    # The sequence is what completes the state's chunk, then whole chunks, then a rest.
+    head = min(length, chunk_size - cached) if cached else 0
+    rest = (length - head) % chunk_size
+    whole = slice(head, length - rest)
+
+    pieces = []
+    if head:
+        keys = torch.cat([state.key, k[:, :head]], dim=1)
+        values = torch.cat([state.value, v[:, :head]], dim=1)
+        pieces.append(_causal_attention(q[:, :head], keys, values, dropout_p))
+    if whole.stop > whole.start:
+        chunks = (z[:, whole].unflatten(1, (-1, chunk_size)).flatten(0, 1) for z in (q, k, v))
+        out = _causal_attention(*chunks, dropout_p)
+        pieces.append(out.unflatten(0, (batch, -1)).flatten(1, 2))
+    if rest or not pieces:
+        pieces.append(_causal_attention(*(z[:, whole.stop :] for z in (q, k, v)), dropout_p))
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    if not return_state:
+        return out, None
+    if cached and cached + length < chunk_size:
+        return out, AttentionState(
+            torch.cat([state.key, k], dim=1), torch.cat([state.value, v], dim=1)
+        )
+    # Copies: a slice would keep the whole sequence's memory alive.
+    key, value = (z[:, whole.stop :].clone(memory_format=torch.contiguous_format) for z in (k, v))
+    return out, AttentionState(key, value)
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Attention of [batch, queries, heads, d] where the last query sees the last key."""
+    batch, _, heads, _ = q.shape
+    q, k, v = (z.transpose(1, 2).flatten(0, 1) for z in (q, k, v))
+    out = _CausalAttention.apply(q, k, v, dropout_p)
+    return out.unflatten(0, (batch, heads)).transpose(1, 2)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """q [n, queries, dk], k [n, keys, dk], v [n, keys, dv]; the weights are recomputed backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float,
+    ) -> Tensor:
+        out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        queries, keys = _at_least_float32(q), _at_least_float32(k)
+        kept = []
+        for rows, seen in _query_blocks(q, k):
+            weights = _softmax_weights(queries[:, rows], keys[:, :seen])
+            if dropout_p > 0:
+                keep = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout_p)
+                kept.append(keep)
+                weights = _drop(weights, keep, dropout_p)
+            torch.bmm(weights.to(v.dtype), v[:, :seen], out=out[:, rows])
+        ctx.dropout_p = dropout_p
+        ctx.save_for_backward(q, k, v, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        q, k, v, *kept = ctx.saved_tensors
+        queries, keys = _at_least_float32(q), _at_least_float32(k)
+        grad_q, grad_k = torch.empty_like(queries), torch.zeros_like(keys)
+        grad_v = torch.zeros_like(v, dtype=keys.dtype)
+        for block, (rows, seen) in enumerate(_query_blocks(q, k)):
+            weights = _softmax_weights(queries[:, rows], keys[:, :seen])
+            grad_weights = torch.bmm(grad_out[:, rows], v[:, :seen].mT).to(weights.dtype)
+            used = weights
+            if kept:
+                used = _drop(weights, kept[block], ctx.dropout_p)
+                grad_weights = _drop(grad_weights, kept[block], ctx.dropout_p)
+            if v.dtype == grad_v.dtype:
+                grad_v[:, :seen].baddbmm_(used.mT, grad_out[:, rows])
+            else:
+                grad_v[:, :seen] += torch.bmm(used.to(v.dtype).mT, grad_out[:, rows])
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_weights, weights, -1, weights.dtype
+            )
+            torch.bmm(grad_scores, keys[:, :seen], out=grad_q[:, rows])
+            grad_k[:, :seen].baddbmm_(grad_scores.mT, queries[:, rows])
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
+    """Rows of queries, and how many keys the last of them sees."""
+    length, before = q.shape[1], k.shape[1] - q.shape[1]
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        yield slice(start, stop), before + stop
+
+
+def _softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """Causal softmax(q k^T), where the last query sees every key."""
+    scores = torch.bmm(q, k.mT)
+    rows = q.shape[1]
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
+    scores[:, :, -rows:].masked_fill_(future, -torch.inf)
+    return scores.softmax(-1)
+
+
+def _drop(weights: Tensor, keep: Tensor, dropout_p: float) -> Tensor:
+    return (weights * keep).div_(1 - dropout_p)

@@ -1,0 +1,81 @@
+"""TimestepNorm: group normalisation by the mean and variance of everything seen so far."""
+
+import torch
+from torch import Tensor
+
+from .naive import TimestepNormState, timestep_norm_naive
+from .portable import timestep_norm_portable
+
+__all__ = ["TimestepNormState", "timestep_norm", "timestep_norm_naive", "timestep_norm_portable"]
+
+
+def timestep_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    state: TimestepNormState | None = None,
+    mask: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, TimestepNormState | None]:
+    """Normalise every time step by the statistics of its group up to and including that step.
+
+    Per batch row and group, with mean_t and var_t (population) over all scalars of the group in
+    steps 1..t (arXiv 2404.08801, section 3.2, as in the released source):
+
+        y_t = (x_t - mean_t) / sqrt(var_t + eps) * (weight + 1) + bias
+
+    Args:
+        x: [batch, length, D], any floating type and strides.
+        weight: [D], stored as an offset from one.
+        bias: [D].
+        num_groups: G, a divisor of D.
+        eps: Added to the variance.
+        state: Statistics of what came before: count int64 [batch] in steps, mean and var
+            [batch, G]. None, or a count of zero, starts a sequence.
+        mask: bool [batch, length], True for real steps. Masked steps leave the statistics alone
+            and give zeros. None means that all are real.
+        return_state: Whether to return the state after the last step.
+
+    Returns:
+        y like x, and the new state (None unless asked for) with mean and var in float32. It is
+        computed in float32; float64 inputs are computed, and their states returned, in float64.
+        Differentiable in x, weight, bias, mean and var, through both results.
+
+    Raises:
+        ValueError: a shape or type does not fit.
+    """
+    _check(x, weight, bias, num_groups, state, mask)
+    return timestep_norm_portable(x, weight, bias, num_groups, eps, state, mask, return_state)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    state: TimestepNormState | None,
+    mask: Tensor | None,
+) -> None:
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; it must be floating, [batch, length, D]."
+        )
+    batch, length, channels = x.shape
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; it must divide x's {channels} channels.")
+    shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
+    if state is not None:
+        shapes["state.count"] = (state.count, (batch,))
+        shapes["state.mean"] = (state.mean, (batch, num_groups))
+        shapes["state.var"] = (state.var, (batch, num_groups))
+        if state.count.dtype != torch.int64:
+            raise ValueError(f"state.count is {state.count.dtype}; it must be int64.")
+    if mask is not None:
+        shapes["mask"] = (mask, (batch, length))
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask is {mask.dtype}; it must be bool, True for real steps.")
+    for name, (tensor, expected) in shapes.items():
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}.")

@@ -1,0 +1,1 @@
+"""From text to the datasets Megatron trains on: tokenizers, document sources, n-gram baselines."""

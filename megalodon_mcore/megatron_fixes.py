@@ -1,0 +1,111 @@
+"""Corrections of Megatron-Core 0.19 that Megalodon needs and no spec or option can make.
+
+All three are about optimizer checkpoints. Megatron's own models never mix bf16 and float32
+parameters, and its developers always have apex or Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+
+def apply() -> None:
+    """Makes the corrections, once per process."""
+    if getattr(apply, "done", False):
+        return
+    apply.done = True
+    _order_float32_parameters_first()
+    _create_missing_adam_state()
+    _include_float32_parameters()
+
+
+def _order_float32_parameters_first() -> None:
+    """Lets the distributed optimizer checkpoint bf16 and float32 parameters of one group.
+
+    It hands each group to Adam as float32 parameters followed by the main copies of bf16 ones, but
+    remembers where each parameter is by the order of its buffers, which starts with the bf16 one
+    where the embedding is. Here the remembered order becomes the one that Adam has.
+    """
+    build = DistributedOptimizer._build_optimizer_group_ranges.__func__
+
+    def build_in_order(
+        cls: type, param_groups: list[dict], gbuf_ranges: list[dict]
+    ) -> tuple[dict[torch.nn.Parameter, tuple[int, int]], list[dict[str, Any]]]:
+        positions, group_ranges = build(cls, param_groups, gbuf_ranges)
+        for group_index, group_range in enumerate(group_ranges):
+            group_range["params"].sort(key=lambda param: param.dtype != torch.float32)
+            for order, param in enumerate(group_range["params"]):
+                positions[param] = (group_index, order)
+        return positions, group_ranges
+
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_in_order)
+
+
+def _create_missing_adam_state() -> None:
+    """Lets the distributed optimizer load a checkpoint where neither apex nor TE is installed.
+
+    Its state_dict then reads Adam's step from the state of some parameter, and loading calls it
+    before the first step has made any state.
+    """
+    state_dict = DistributedOptimizer.state_dict
+
+    @functools.wraps(state_dict)
+    def state_dict_with_step(self: DistributedOptimizer) -> dict:
+        adam = self.optimizer
+        if not distrib_optimizer.HAVE_APEX_OR_TE and isinstance(
+            adam, torch.optim.Adam | torch.optim.AdamW
+        ):
+            for param in (param for group in adam.param_groups for param in group["params"]):
+                if not adam.state[param]:
+                    adam.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return state_dict(self)
+
+    DistributedOptimizer.state_dict = state_dict_with_step
+
+
+def _include_float32_parameters() -> None:
+    """Lets the plain mixed-precision optimizer checkpoint float32 parameters beside bf16 ones.
+
+    Both of its methods take the bf16 parameters for all that the optimizer has; while they run,
+    they are shown every parameter, a float32 one as its own main copy.
+    """
+
+    @contextmanager
+    def every_parameter_shown(optimizer: Float16OptimizerWithFloat16Params) -> Iterator[None]:
+        models, mains = optimizer.float16_groups, optimizer.fp32_from_float16_groups
+        model_of_main = {
+            id(main): model
+            for model_group, main_group in zip(models, mains, strict=True)
+            for model, main in zip(model_group, main_group, strict=True)
+        }
+        every_main = [group["params"] for group in optimizer.optimizer.param_groups]
+        every_model = [[model_of_main.get(id(p), p) for p in group] for group in every_main]
+        optimizer.float16_groups, optimizer.fp32_from_float16_groups = every_model, every_main
+        try:
+            yield
+        finally:
+            optimizer.float16_groups, optimizer.fp32_from_float16_groups = models, mains
+
+    def showing_every_parameter(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapper(self: Float16OptimizerWithFloat16Params, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            with every_parameter_shown(self):
+                return method(self, *args, **kwargs)
+
+        return wrapper
+
+    for name in ("sharded_state_dict", "load_state_dict"):
+        method = getattr(Float16OptimizerWithFloat16Params, name)
+        setattr(Float16OptimizerWithFloat16Params, name, showing_every_parameter(method))

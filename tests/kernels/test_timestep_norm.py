@@ -1,0 +1,271 @@
+"""timestep_norm against its float64 oracle, and against what no oracle is needed for."""
+
+import pytest
+import torch
+from megalodon_mcore.kernels.timestep_norm import (
+    TimestepNormState,
+    timestep_norm,
+    timestep_norm_naive,
+)
+
+EPS = 1e-5
+FLOAT32 = 1e-6
+# With one scalar a group the first step has no variance, and in its gradient two terms of size
+# 1/sqrt(eps) cancel.
+ONE_SCALAR = 2**-24 / EPS**0.5
+
+
+def error(actual, expected):
+    """Largest difference, relative to the largest expected value."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
+    if not expected.numel():
+        return 0.0
+    scale = expected.abs().max().double().clamp_min(1e-30)
+    return float((actual.double() - expected.double()).abs().max() / scale)
+
+
+def random_inputs(batch, length, channels, groups, dtype=torch.float32, state=True, mask=False):
+    x = torch.randn(length, batch, channels).transpose(0, 1) * 2 + 1
+    weight, bias = torch.randn(channels) / 2, torch.randn(channels)
+    if state:
+        count = torch.randint(0, 30, (batch,))
+        count[0] = 0
+        state = TimestepNormState(
+            count, torch.randn(batch, groups), torch.rand(batch, groups) + 0.5
+        )
+    mask = torch.rand(batch, length) < 0.7 if mask else None
+    return x.to(dtype), weight, bias, state or None, mask
+
+
+def run(function, x, weight, bias, groups, state, mask, dtype=None):
+    """Outputs, then gradients of x, weight, bias and the state's mean and var."""
+    cast = (lambda z: z.to(dtype)) if dtype else (lambda z: z)
+    leaves = [cast(z.detach()).clone().requires_grad_() for z in (x, weight, bias)]
+    if state is not None:
+        leaves += [cast(z.detach()).clone().requires_grad_() for z in state[1:]]
+        state = TimestepNormState(state.count, *leaves[3:])
+    y, out = function(*leaves[:3], groups, EPS, state, mask, return_state=True)
+    generator = torch.Generator().manual_seed(0)
+    loss = 0.0
+    for z in (y, out.mean, out.var):
+        # Exact in every type, so that all see the same gradient of y.
+        draw = torch.randn(z.shape, generator=generator).bfloat16()
+        loss = loss + (z.double() * draw.double()).sum()
+    return [y, out.mean, out.var], torch.autograd.grad(loss, leaves), out.count
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "groups"),
+    [(1, 1, 6, 1), (1, 17, 6, 6), (3, 13, 12, 4), (2, 37, 10, 1), (2, 29, 10, 10), (5, 8, 21, 7)],
+)
+def test_matches_the_oracle(batch, length, channels, groups, state, mask):
+    torch.manual_seed(batch * 100 + length)
+    x, weight, bias, state, mask = random_inputs(
+        batch, length, channels, groups, state=state, mask=mask
+    )
+    values, grads, count = run(timestep_norm, x, weight, bias, groups, state, mask)
+    expected, expected_grads, expected_count = run(
+        timestep_norm_naive, x, weight, bias, groups, state, mask, dtype=torch.float64
+    )
+    assert torch.equal(count, expected_count)
+    assert count.dtype == torch.int64
+    for actual, wanted in zip([*values, *grads], [*expected, *expected_grads], strict=True):
+        assert actual.dtype == torch.float32
+        assert error(actual, wanted) < (ONE_SCALAR if groups == channels else FLOAT32)
+
+
+def test_many_blocks(monkeypatch):
+    """As on sequences longer than one cache-sized block, of a size that divides nothing."""
+    from megalodon_mcore.kernels.timestep_norm import portable
+
+    def by_five(x):
+        return (slice(s, min(s + 5, x.shape[1])) for s in range(0, x.shape[1], 5))
+
+    torch.manual_seed(0)
+    x, weight, bias, state, mask = random_inputs(2, 33, 12, 3, mask=True)
+    whole = run(timestep_norm, x, weight, bias, 3, state, mask)
+    monkeypatch.setattr(portable, "_blocks", by_five)
+    blocks = run(timestep_norm, x, weight, bias, 3, state, mask)
+    for actual, wanted in zip([*blocks[0], *blocks[1]], [*whole[0], *whole[1]], strict=True):
+        assert error(actual, wanted) < FLOAT32
+
+
+def test_more_elements_than_one_block():
+    torch.manual_seed(0)
+    x, weight, bias, state, _ = random_inputs(2, 150, 1024, 32)
+    actual = run(timestep_norm, x, weight, bias, 32, state, None)
+    wanted = run(timestep_norm_naive, x, weight, bias, 32, state, None, dtype=torch.float64)
+    for a, w in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
+        assert error(a, w) < FLOAT32
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(groups, masked):
+    torch.manual_seed(0)
+    x, weight, bias, state, mask = random_inputs(2, 5, 4, groups, torch.float64, mask=masked)
+    leaves = [z.double().requires_grad_() for z in (x, weight, bias, state.mean, state.var)]
+
+    def function(x, weight, bias, mean, var):
+        y, out = timestep_norm(
+            x,
+            weight,
+            bias,
+            groups,
+            EPS,
+            TimestepNormState(state.count, mean, var),
+            mask,
+            return_state=True,
+        )
+        return y, out.mean, out.var
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_bfloat16():
+    torch.manual_seed(0)
+    x, weight, bias, state, mask = random_inputs(2, 40, 24, 4, torch.bfloat16, mask=True)
+    values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, mask)
+    expected, expected_grads, _ = run(
+        timestep_norm_naive, x, weight, bias, 4, state, mask, dtype=torch.float64
+    )
+    for actual, wanted in ((values[0], expected[0]), (grads[0], expected_grads[0])):
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual.double(), wanted, rtol=2**-8, atol=1e-5)
+    for actual, wanted in zip(
+        [*values[1:], *grads[1:]], [*expected[1:], *expected_grads[1:]], strict=True
+    ):
+        assert actual.dtype == torch.float32
+        assert error(actual, wanted) < FLOAT32
+
+
+def test_pieces_equal_the_whole():
+    torch.manual_seed(0)
+    x, weight, bias, _, mask = random_inputs(3, 41, 12, 4, state=False, mask=True)
+    mask[1, :9] = False
+    whole = run(timestep_norm, x, weight, bias, 4, None, mask)
+
+    def piecewise(x, weight, bias, groups, eps, state, mask, return_state):
+        outputs = []
+        for start, stop in ((0, 1), (1, 7), (7, 7), (7, 30), (30, 41)):
+            steps = slice(start, stop)
+            y, state = timestep_norm(
+                x[:, steps], weight, bias, groups, eps, state, mask[:, steps], return_state
+            )
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    pieces = run(piecewise, x, weight, bias, 4, None, mask)
+    assert torch.equal(pieces[2], whole[2])
+    for actual, wanted in zip([*pieces[0], *pieces[1]], [*whole[0], *whole[1]], strict=True):
+        assert error(actual, wanted) < FLOAT32
+
+
+def test_masked_steps_are_ignored_whatever_they_hold():
+    torch.manual_seed(0)
+    x, weight, bias, state, mask = random_inputs(2, 12, 6, 3, mask=True)
+    mask[0] = False
+    mask[1, :4] = False
+    y, out = timestep_norm(x, weight, bias, 3, EPS, state, mask, return_state=True)
+    poisoned = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    other, other_out = timestep_norm(poisoned, weight, bias, 3, EPS, state, mask, return_state=True)
+    assert torch.equal(y, other)
+    assert (y[~mask] == 0).all()
+    for a, b in zip(out, other_out, strict=True):
+        assert torch.equal(a, b)
+    assert out.count[0] == 0 and out.mean[0].eq(0).all()
+    other.sum().backward()
+    assert poisoned.grad[~mask].eq(0).all() and poisoned.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_empty_sequence(state):
+    x, weight, bias, state, _ = random_inputs(2, 0, 6, 3, state=state)
+    values, grads, count = run(timestep_norm, x, weight, bias, 3, state, None)
+    assert values[0].shape == (2, 0, 6)
+    assert grads[0].shape == (2, 0, 6)
+    if state:
+        assert torch.equal(count, state.count)
+        assert torch.equal(values[1], state.mean) and torch.equal(values[2], state.var)
+    else:
+        assert not count.any()
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+@pytest.mark.parametrize(("offset", "first"), [(0.0, 0.0), (1e4, 0.0), (-3e5, 0.0), (0.0, 1e3)])
+def test_stays_accurate_for_100_000_steps(offset, first, groups):
+    """With a mean far above the deviation, and with a first step unlike all others."""
+    torch.manual_seed(0)
+    length, channels = 100_000, 8
+    x = torch.randn(1, length, channels) + offset
+    x[:, 0] += first
+    weight = bias = torch.zeros(channels)
+    y, out = timestep_norm(x, weight, bias, groups, EPS, return_state=True)
+
+    size = channels // groups
+    scalars = x.double().view(length, groups, size) - offset
+    seen = size * torch.arange(1, length + 1, dtype=torch.float64)[:, None]
+    mean = scalars.sum(-1).cumsum(0) / seen
+    var = scalars.square().sum(-1).cumsum(0) / seen - mean.square()
+    # Direct two-pass statistics at the end check the oracle itself.
+    assert error(var[-1], scalars.transpose(0, 1).reshape(groups, -1).var(1, correction=0)) < 1e-10
+    wanted = (scalars - mean[..., None]) / (var[..., None] + EPS).sqrt()
+    assert float((y[0].double() - wanted.view(length, channels)).abs().max()) < FLOAT32
+    assert error(out.mean[0], mean[-1] + offset) < 1e-7
+    assert error(out.var[0], var[-1]) < 1e-6
+
+
+def test_no_uninitialised_memory_is_read():
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.manual_seed(0)
+    x, weight, bias, state, mask = random_inputs(2, 23, 12, 4, mask=True)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(1).isnan()
+        for m in (None, mask):
+            values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, m)
+            assert all(z.isfinite().all() for z in [*values, *grads])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.zeros(2, 6)}, "x is"),
+        ({"x": torch.zeros(2, 3, 6, dtype=torch.int64)}, "x is"),
+        ({"weight": torch.zeros(5)}, "weight has"),
+        ({"bias": torch.zeros(6, 1)}, "bias has"),
+        ({"num_groups": 4}, "num_groups is 4"),
+        ({"num_groups": 0}, "num_groups is 0"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask has"),
+        ({"mask": torch.ones(2, 3)}, "mask is"),
+        (
+            {"state": TimestepNormState(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 3))},
+            "state.count is",
+        ),
+        (
+            {
+                "state": TimestepNormState(
+                    torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2, 3)
+                )
+            },
+            "state.mean has",
+        ),
+    ],
+)
+def test_errors_name_the_argument(change, named):
+    arguments = {
+        "x": torch.zeros(2, 3, 6),
+        "weight": torch.zeros(6),
+        "bias": torch.zeros(6),
+        "num_groups": 3,
+        "eps": EPS,
+    }
+    with pytest.raises(ValueError, match=named):
+        timestep_norm(**(arguments | change))
