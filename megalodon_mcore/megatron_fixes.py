@@ -1,6 +1,6 @@
 """Corrections of Megatron-Core 0.19 that Megalodon needs and no spec or option can make.
 
-All three are about optimizer checkpoints. Megatron's own models never mix bf16 and float32
+All are about optimizer checkpoints. Megatron's own models never mix bf16 and float32
 parameters, and its developers always have apex or Transformer Engine.
 """
 
@@ -23,7 +23,8 @@ def apply() -> None:
         return
     apply.done = True
     _order_float32_parameters_first()
-    _create_missing_adam_state()
+    _load_into_float32_parameters()
+    _keep_adam_step()
     _include_float32_parameters()
 
 
@@ -49,20 +50,41 @@ def _order_float32_parameters_first() -> None:
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_in_order)
 
 
-def _create_missing_adam_state() -> None:
-    """Lets the distributed optimizer load a checkpoint where neither apex nor TE is installed.
+def _load_into_float32_parameters() -> None:
+    """Lets the distributed optimizer copy a checkpoint into its views of float32 parameters.
 
-    Its state_dict then reads Adam's step from the state of some parameter, and loading calls it
-    before the first step has made any state.
+    They are views of leaves that require gradients, unlike its main copies of bf16 ones. Adam's
+    step is left out: load_state_dict has set it, and what comes here is the one before loading.
     """
-    state_dict = DistributedOptimizer.state_dict
+    name = "_set_main_param_and_optimizer_states"
+    set_states = getattr(DistributedOptimizer, name)
+
+    @torch.no_grad()
+    def set_states_but_step(
+        self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict
+    ) -> None:
+        set_states(self, model_param, {**tensors, "step": None})
+
+    setattr(DistributedOptimizer, name, set_states_but_step)
+
+
+def _keep_adam_step() -> None:
+    """Lets the distributed optimizer load Adam's step where neither apex nor TE is installed.
+
+    It reads the step from some parameter's state, which does not exist before the first step, and
+    after loading all states share one tensor, which every parameter's update would advance.
+    """
+    state_dict, load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+
+    def has_torch_adam(optimizer: DistributedOptimizer) -> bool:
+        return not distrib_optimizer.HAVE_APEX_OR_TE and isinstance(
+            optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW
+        )
 
     @functools.wraps(state_dict)
     def state_dict_with_step(self: DistributedOptimizer) -> dict:
-        adam = self.optimizer
-        if not distrib_optimizer.HAVE_APEX_OR_TE and isinstance(
-            adam, torch.optim.Adam | torch.optim.AdamW
-        ):
+        if has_torch_adam(self):
+            adam = self.optimizer
             for param in (param for group in adam.param_groups for param in group["params"]):
                 if not adam.state[param]:
                     adam.state[param] = {
@@ -72,7 +94,15 @@ def _create_missing_adam_state() -> None:
                     }
         return state_dict(self)
 
+    @functools.wraps(load)
+    def load_separate_steps(self: DistributedOptimizer, loaded: dict) -> None:
+        load(self, loaded)
+        if has_torch_adam(self):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
     DistributedOptimizer.state_dict = state_dict_with_step
+    DistributedOptimizer.load_state_dict = load_separate_steps
 
 
 def _include_float32_parameters() -> None:

@@ -41,7 +41,9 @@ def cema(
         y, with x's shape and dtype, and h after the last step (complex64 [batch, D, N]), or None
         where return_state is false. Both are differentiable (once) in x, state and the five
         parameters. The arithmetic is float32; for float64 x, with float64 parameters and a
-        complex128 state, it is float64.
+        complex128 state, it is float64. Autocast is off inside; torch's setting of float32
+        matmul precision (TF32) applies. A NaN or infinity in x may also reach outputs up to 63
+        steps before it.
 
     Raises:
         ValueError: an argument's shape or dtype is not as above.

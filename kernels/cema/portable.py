@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Steps in a block, halved where there are so few in all that building the maps costs most.
 BLOCK = 64
+FEW_STEPS = 4096
 # Up to this length the plain recurrence costs less than building a block's map.
-SHORT = 4
+SHORT = 16
 # Elements of x in one channel group; bounds on the channels in it. The lower one keeps the
 # scan's launches few on long sequences, the upper one the maps in the cache.
 GROUP_ELEMENTS = 1 << 20
@@ -136,9 +138,8 @@ class _BlockScan(torch.autograd.Function):
             z = plan.inputs(x[..., group], state[:, group])
             plan.scatter(torch.bmm(plan.rows(z), plan.map[:, : plan.block].mT), y[..., group])
             if return_state:
-                # [batch, c, T+2N] x [c, T+2N, 2N]
-                last = torch.bmm(z[:, -1].transpose(0, 1), plan.end_map.mT)
-                state_out[:, group] = _as_complex(last).transpose(0, 1)
+                end = torch.bmm(z[:, -1].transpose(0, 1), plan.end_map.mT)
+                state_out[:, group] = _as_complex(end).transpose(0, 1)
         return y, state_out
 
     @staticmethod
@@ -159,12 +160,9 @@ class _BlockScan(torch.autograd.Function):
                 grad_maps = plan.backward(
                     z, grad_y[..., group], grad_end, grad_x[..., group], grad_state[:, group]
                 )
-                for full, part in zip(
-                    grad_params,
-                    torch.autograd.grad(maps, leaves, grad_maps),
-                    strict=True,
-                ):
-                    full[group] = part
+                grads = torch.autograd.grad(maps, leaves, grad_maps)
+                for whole, part in zip(grad_params, grads, strict=True):
+                    whole[group] = part
         return grad_x, *grad_params, grad_state, None
 
 
@@ -179,8 +177,9 @@ class _Blocks:
         self.batch, self.length, _ = x.shape
         self.channels, self.ndim = alpha.shape[:2]
         self.real = _compute_dtype(x)
-        # Even, so that a state's pairs can be viewed as complex numbers.
-        self.block = min(BLOCK, self.length + self.length % 2)
+        block = BLOCK if self.batch * self.length > FEW_STEPS else BLOCK // 2
+        # Even, so that the pairs after the block's values can be viewed as complex numbers.
+        self.block = min(block, self.length + self.length % 2)
         self.full_blocks, self.tail = divmod(self.length, self.block)
         self.blocks = self.full_blocks + (self.tail > 0)
 
@@ -287,9 +286,11 @@ def _as_complex(pairs: Tensor) -> Tensor:
 @lru_cache
 def _toeplitz_basis(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The 0/1 matrix [T, T*T] that lays T taps out as a lower-triangular Toeplitz matrix."""
-    i = torch.arange(block, device=device)
-    lag = i[:, None] - i[None, :]
-    return (lag == i[:, None, None]).flatten(1).to(dtype)
+    # An inference tensor in the cache could not be used in a backward pass later.
+    with torch.inference_mode(False):
+        i = torch.arange(block, device=device)
+        lag = i[:, None] - i[None, :]
+        return (lag == i[:, None, None]).flatten(1).to(dtype)
 
 
 def _rotation(q: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """CEMA's torch path against the float64 loop.
 
-Errors are maxima over a tensor relative to the reference's largest element. Seen in float32 over
-the cases here: outputs, states and gradients up to TOLERANCE_SEEN; TOLERANCE leaves a factor of
-about three for other machines' GEMMs.
+Errors are the largest over a tensor, relative to the largest element of the reference. Measured
+in float32 over all cases here: 9e-7 at most, for outputs, states and every gradient, and 3e-7
+after 100,000 steps. TOLERANCE leaves a factor of three for the GEMMs of other machines.
 """
 
 import math
@@ -14,7 +14,7 @@ from megalodon_mcore.kernels import cema as package
 from megalodon_mcore.kernels.cema import cema, coefficients, portable, powers
 from megalodon_mcore.kernels.cema.naive import cema_naive
 
-TOLERANCE = 5e-6
+TOLERANCE = 3e-6
 NAMES = ("x", "alpha", "delta", "theta", "gamma", "omega", "state")
 
 
@@ -110,7 +110,11 @@ def check_against_naive(inputs, with_state=True, return_state=True, tolerance=TO
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 63, 64, 65, 127, 128, 200, 333])
 @pytest.mark.parametrize(("batch", "channels", "ndim"), [(1, 1, 1), (2, 7, 3), (1, 5, 16)])
-def test_matches_naive(batch, length, channels, ndim):
+@pytest.mark.parametrize("block", [32, 64])
+def test_matches_naive(batch, length, channels, ndim, block, monkeypatch):
+    monkeypatch.setattr(portable, "BLOCK", block)
+    monkeypatch.setattr(portable, "FEW_STEPS", 0)
+    monkeypatch.setattr(portable, "SHORT", 4)
     check_against_naive(make_inputs(batch, length, channels, ndim, length, torch.float32))
 
 
@@ -163,17 +167,26 @@ def test_autocast_leaves_the_arithmetic_alone():
     assert torch.equal(plain, cast)
 
 
-@pytest.mark.parametrize("length", [3, 6, 65, 150])
+@pytest.mark.parametrize("length", [3, 21, 65, 150])
 def test_double_precision(length):
     check_against_naive(make_inputs(2, length, 3, 5), tolerance=2e-14)
 
 
 @pytest.mark.parametrize("length", [2, 5, 6])
 def test_gradcheck(length, monkeypatch):
-    monkeypatch.setattr(portable, "BLOCK", 2)
+    monkeypatch.setattr(portable, "BLOCK", 4)
+    monkeypatch.setattr(portable, "SHORT", 2)
     monkeypatch.setattr(portable, "GROUP_CHANNELS", (1, 1))
     inputs = make_inputs(1, length, 2, 2)
     assert torch.autograd.gradcheck(lambda *a: cema(*a, return_state=True), inputs)
+
+
+def test_training_after_inference_mode():
+    portable._toeplitz_basis.cache_clear()
+    inputs = make_inputs(1, 50, 2, 3, dtype=torch.float32)
+    with torch.inference_mode():
+        cema(*inputs)
+    check_against_naive(inputs)
 
 
 def test_empty_sequence():
@@ -268,7 +281,7 @@ def test_hundred_thousand_steps():
     assert ((end[0] - h).abs().amax(1) / scale).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("length", [1, 5, 63, 64, 130])
+@pytest.mark.parametrize("length", [1, 17, 63, 64, 130])
 def test_uninitialized_memory_is_never_read(length, monkeypatch):
     """Fill what torch.empty and empty_like give with NaN; no NaN may come out."""
     made = []

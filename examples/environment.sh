@@ -1,0 +1,41 @@
+# Sourced by scripts: makes .venv with Python 3.12, installs the project into it and enters it.
+# Usage, in the repository's root: . examples/environment.sh; enter_environment [EXTRAS of setup.py]
+
+find_python() {
+    local candidate
+    for candidate in python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12; do
+        # pyenv's shims exist for versions that are not selected, so ask it to run.
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+}
+
+make_environment() {
+    local python
+    [ -x .venv/bin/python ] && return
+    python=$(find_python)
+    if [ -n "$python" ]; then
+        "$python" -m venv .venv
+    elif command -v uv >/dev/null; then
+        uv venv --quiet --seed --python 3.12 .venv
+    else
+        echo "Python 3.12 was not found as python3.12, under pyenv or through uv; install one." >&2
+        return 1
+    fi
+}
+
+install_project() {
+    local target=.${1:+[$1]} stamp
+    stamp=.venv/.installed-$(printf '%s' "$target" | cat - setup.py constraints.txt | cksum | cut -d' ' -f1)
+    [ -e "$stamp" ] && return
+    echo "Installing megalodon-mcore into .venv (several minutes the first time)..."
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable "$target" || return 1
+    touch "$stamp"
+}
+
+enter_environment() {
+    make_environment && install_project "${1:-}" || exit 1
+    . .venv/bin/activate
+}

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs all of them, lint included.
+# Usage: bash tests/run.sh [PYTEST ARGUMENTS]; without any, everything that can run here runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/environment.sh
+enter_environment test
+ruff format --check .
+ruff check .
+if [ $# -eq 0 ]; then
+    set -- -m ""
+fi
+exec python -m pytest "$@"
