@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from megalodon_mcore.inference_model import LoadedModel
 
 SEQUENCE_LENGTH = 512
 BATCH_SIZE = 8
@@ -55,15 +61,18 @@ def main() -> None:
 
     from megalodon_mcore.data.metadata import PreparedData
     from megalodon_mcore.data.ngram import ngram_losses_of_prepared_data
+    from megalodon_mcore.inference_model import load_model
 
     baselines = ngram_losses_of_prepared_data(prefix)
     valid = PreparedData.load(prefix).datasets["valid"].prefix
-    valid_loss, parameters = evaluate(checkpoint, valid)
+    with contextlib.redirect_stdout(io.StringIO()):
+        loaded = load_model(checkpoint)
+    valid_loss = evaluate(loaded.model, valid)
     plot = draw(args.out, baselines.unigram, baselines.bigram)
-    sample = generate(checkpoint, args.out, valid)
+    sample = generate(loaded, args.out, valid)
     tokens = args.iterations * BATCH_SIZE * SEQUENCE_LENGTH
     summary = {
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "train_tokens": tokens,
         "tokens_per_second": round(tokens_per_second(args.out / "train.log"), 1),
         "valid_loss": valid_loss,
@@ -148,20 +157,13 @@ def last_iteration(checkpoint: Path) -> int:
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
-def evaluate(checkpoint: Path, valid_prefix: Path) -> tuple[float, int]:
-    """Nats per byte over every validation byte but the first, and the model's parameters.
+def evaluate(model: torch.nn.Module, valid_prefix: str) -> float:
+    """Nats per byte over every validation byte but the first.
 
     The validation text is cut into windows as long as training's sequences.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    from megalodon_mcore.inference_model import load_model
-
     print("Evaluating on every validation byte...", flush=True)
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        model = load_model(checkpoint.resolve()).model
-    dataset = IndexedDataset(str(valid_prefix))
-    tokens = torch.cat([torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))])
+    tokens = read_tokens(valid_prefix)
     total = 0.0
     windows = (tokens.numel() - 1) // SEQUENCE_LENGTH
     whole = windows * SEQUENCE_LENGTH
@@ -173,8 +175,7 @@ def evaluate(checkpoint: Path, valid_prefix: Path) -> tuple[float, int]:
     with torch.no_grad():
         for batch, target in tqdm(list(zip(inputs, labels, strict=True)), desc="evaluating"):
             total += model(batch, None, None, labels=target).double().sum().item()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return total / (tokens.numel() - 1), parameters
+    return total / (tokens.numel() - 1)
 
 
 def draw(out: Path, unigram: float, bigram: float) -> Path:
@@ -204,33 +205,38 @@ def draw(out: Path, unigram: float, bigram: float) -> Path:
     return path
 
 
-def generate(checkpoint: Path, out: Path, valid_prefix: Path) -> Path:
+def generate(loaded: LoadedModel, out: Path, valid_prefix: str) -> Path:
     """Continues the beginning of the validation text, printing as it goes."""
+    from megalodon_mcore.generate import decode_stream, generate_tokens
+    from megalodon_mcore.sampling import Sampler
+    from megalodon_mcore.streaming import StreamingModel
+
+    prompt_ids = read_tokens(valid_prefix)[:64].tolist()
+    text = loaded.tokenizer.detokenize(prompt_ids)
+    print(f"A sample that continues the validation text:\n\n{text}", end="", flush=True)
+    tokens = generate_tokens(
+        StreamingModel(loaded.model),
+        prompt_ids,
+        400,
+        Sampler(temperature=0.7),
+        vocab_size=loaded.tokenizer.vocab_size,
+    )
+    for piece in decode_stream(loaded.tokenizer, prompt_ids, tokens):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    path = out / "sample.txt"
+    write_atomically(path, text)
+    return path
+
+
+def read_tokens(prefix: str) -> torch.Tensor:
+    """All tokens of an indexed dataset, int64."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    first = IndexedDataset(str(valid_prefix))[0][:64].astype("uint8").tobytes()
-    prompt = first.decode("utf-8", errors="ignore")
-    print("A sample that continues the validation text:\n", flush=True)
-    path = out / "sample.txt"
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", "-m", "megalodon_mcore", "generate"),
-                *("--checkpoint", str(checkpoint), "--prompt", prompt, "--tokens", "400"),
-                *("--temperature", "0.7", "--ignore-end"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        assert process.stdout is not None
-        while piece := os.read(process.stdout.fileno(), 4096):
-            file.write(piece)
-            sys.stdout.buffer.write(piece)
-            sys.stdout.flush()
-    if process.wait():
-        sys.exit("Generation failed; run `megalodon-mcore generate` by hand to see why.")
-    os.replace(path.with_suffix(".tmp"), path)
-    return path
+    # The dataset has to outlive its arrays, which are views of a file that it unmaps.
+    dataset = IndexedDataset(prefix)
+    return torch.cat([torch.from_numpy(dataset[i].astype("int64")) for i in range(len(dataset))])
 
 
 def tokens_per_second(log: Path) -> float:
@@ -255,5 +261,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     start = time.monotonic()
+    warnings.filterwarnings("ignore", module="torch|megatron|megalodon_mcore.cpu")
     main()
     print(f"Done in {time.monotonic() - start:.0f} s.")

@@ -1,0 +1,112 @@
+"""A checkpoint brings its own arguments: Megatron's and Megalodon's, to training and inference."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from training.runs import DATA, SCHEDULE, launch, save_to, side_by_side, train
+
+# None of these values is a default of Megatron's or Megalodon's.
+UNUSUAL_MODEL = {
+    "num_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": 80,
+    "seq_length": 40,
+    "max_position_embeddings": 40,
+    "rotary_base": 5000,
+    "megalodon_chunk_size": 12,
+    "megalodon_z_dim": 24,
+    "megalodon_value_dim": 96,
+    "megalodon_cema_ndim": 5,
+    "megalodon_norm_num_groups": 4,
+    "megalodon_hidden_dropout": 0.05,
+    "megalodon_init_mode": "gaussian",
+}
+UNUSUAL_SWITCHES = ("swiglu", "megalodon_rescale_nffn", "megalodon_scale_embedding")
+PROGRAMS = Path(__file__).parent
+PROMPT = [5, 60, 7]
+NUM_TOKENS = 30
+
+
+def as_arguments() -> list[str]:
+    arguments = []
+    for name, value in UNUSUAL_MODEL.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments + [f"--{name.replace('_', '-')}" for name in UNUSUAL_SWITCHES]
+
+
+def arguments_in(checkpoint: Path, iteration: int) -> Namespace:
+    common = torch.load(checkpoint / f"iter_{iteration:07d}" / "common.pt", weights_only=False)
+    return common["args"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Six iterations, with a checkpoint after the third and the last model's logits."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = train(
+        folder,
+        *(*as_arguments(), *DATA, *SCHEDULE, "--save", str(folder), "--save-interval", "3"),
+        program=(str(PROGRAMS / "keep_trained_logits.py"), str(folder / "logits.pt"), "pretrain"),
+    )
+    return folder, run
+
+
+def test_a_checkpoint_records_every_value(trained):
+    recorded = vars(arguments_in(trained[0], 3))
+    assert {name: recorded[name] for name in UNUSUAL_MODEL} == UNUSUAL_MODEL
+    assert all(recorded[name] for name in UNUSUAL_SWITCHES)
+
+
+def test_training_goes_on_with_no_model_argument(trained, tmp_path):
+    folder, whole = trained
+    resumed = train(
+        tmp_path,
+        *("--load", str(folder), "--ckpt-step", "3", "--use-checkpoint-args"),
+        *(*DATA, *SCHEDULE, *save_to(tmp_path)),
+    )
+    assert list(resumed.losses) == [4, 5, 6]
+    assert resumed.losses == {iteration: whole.losses[iteration] for iteration in (4, 5, 6)}
+    first, second = vars(arguments_in(folder, 6)), vars(arguments_in(tmp_path, 6))
+    names = [n for n in first if n.startswith("megalodon_")] + list(UNUSUAL_MODEL)
+    assert {name: first[name] for name in names} == {name: second[name] for name in names}
+
+
+def test_an_argument_overrides_the_checkpoints(trained, tmp_path):
+    folder, whole = trained
+    resumed = train(
+        tmp_path,
+        *("--load", str(folder), "--ckpt-step", "3", "--use-checkpoint-args"),
+        *(*DATA, *SCHEDULE, *save_to(tmp_path), "--megalodon-chunk-size", "20"),
+    )
+    assert resumed.losses[4] != whole.losses[4]
+    recorded = vars(arguments_in(tmp_path, 6))
+    assert recorded["megalodon_chunk_size"] == 20 and recorded["megalodon_z_dim"] == 24
+
+
+def test_inference_gives_the_trained_models_logits_and_greedy_tokens(trained, tmp_path):
+    folder, _ = trained
+    prompt = " ".join(map(str, PROMPT))
+    outputs, generated = side_by_side(
+        lambda: launch(
+            str(PROGRAMS / "inference_outputs.py"),
+            *(str(folder), str(tmp_path / "outputs.pt"), str(NUM_TOKENS), *map(str, PROMPT)),
+        ),
+        lambda: launch(
+            *("-m", "megalodon_mcore", "generate", "--checkpoint", str(folder)),
+            *("--prompt", prompt, "--tokens", str(NUM_TOKENS), "--temperature", "0"),
+            "--ignore-end",
+        ),
+    )
+    assert outputs.returncode == 0, outputs.stdout[-4000:]
+    assert generated.returncode == 0, generated.stdout[-4000:]
+    kept, loaded = torch.load(folder / "logits.pt"), torch.load(tmp_path / "outputs.pt")
+    assert loaded["iteration"] == 6
+    assert torch.equal(loaded["logits"], kept)
+    assert torch.allclose(loaded["streamed_logits"], kept, atol=1e-5)
+    assert loaded["generated"] == loaded["argmax_of_full_passes"]
+    assert len(set(loaded["generated"])) > 1
+    text = generated.stdout.splitlines()[-1]
+    assert list(map(int, text.split())) == PROMPT + loaded["generated"]
