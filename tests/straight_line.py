@@ -73,7 +73,7 @@ def silu(x):
 
 
 def block(x, p, own, heads, swiglu, eps, rotary_base):
-    """One block on [batch, length, width]; `p` by names below the layer, `own` a resolved config."""
+    """One block on [batch, length, width]; `p` by names in the layer, `own` a resolved config."""
     width, z_width = x.shape[-1], own.z_dim // heads
     t = timestep_norm(
         x,
@@ -82,7 +82,9 @@ def block(x, p, own, heads, swiglu, eps, rotary_base):
         own.norm_num_groups,
         eps,
     )
-    averages = cema(t, *(p[f"mixer.cema.{n}"] for n in ("alpha", "delta", "theta", "gamma", "omega")))
+    averages = cema(
+        t, *(p[f"mixer.cema.{n}"] for n in ("alpha", "delta", "theta", "gamma", "omega"))
+    )
     m = rms_norm(averages, eps) * (p["mixer.cema_norm.weight"] + 1)
 
     def linear(name, u):

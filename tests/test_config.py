@@ -5,8 +5,8 @@ import logging
 from argparse import Namespace
 
 import pytest
-from building import transformer_config
 
+from building import transformer_config
 from megalodon_mcore.config import (
     CONFIG_VARIABLE,
     INIT_MODES,

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megalodon_mcore import cpu
 from torch.utils.data import DataLoader
+
+from megalodon_mcore import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no stand-in")
 

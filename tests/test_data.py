@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+
 from megalodon_mcore.data import encoders, ngram, prepare, sources
 from megalodon_mcore.data.byte_tokenizer import (
     END_OF_DOCUMENT_ID,
@@ -20,7 +22,6 @@ from megalodon_mcore.data.byte_tokenizer import (
 from megalodon_mcore.data.metadata import PreparedData, metadata_path
 from megalodon_mcore.data.sentences import PunktSplitter
 from megalodon_mcore.data.splitting import parse_split, plan_split
-from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 AWKWARD_TEXTS = [
     "plain words, with 'quotes' and n't .",

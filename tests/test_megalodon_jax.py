@@ -5,8 +5,8 @@ Our weights go to it, and its gradients come back, in the layout of released che
 
 import pytest
 import torch
-from building import EPS, build, randomize
 
+from building import EPS, build, randomize
 from megalodon_mcore.accounting import ModelShape, total_parameters
 from megalodon_mcore.config import MegalodonConfig
 

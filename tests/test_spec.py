@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from building import build, transformer_config
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from test_accounting import LISTED, shape_of
 
+from building import build, transformer_config
 from megalodon_mcore import spec
 from megalodon_mcore.accounting import ModelShape, parameters_by_part, total_parameters
 from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
+from test_accounting import LISTED, shape_of
 
 
 def gpt_model(layer_spec, config, **options) -> GPTModel:

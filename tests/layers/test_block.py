@@ -1,10 +1,10 @@
 """A whole block and a whole model against the straight-line float64 implementation."""
 
 import pytest
-import straight_line
 import torch
-from building import EPS, build, randomize
 
+import straight_line
+from building import EPS, build, randomize
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.streaming import StreamingModel
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from building import build, randomize
 from torch import nn
 
+from building import build, randomize
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from building import build
 
+from building import build
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import initialize_cema, projection_initializer

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+
 from training.runs import DROPOUT, TINY, save_to, side_by_side, train
 
 STOP = 3

@@ -1,0 +1,56 @@
+"""Pipeline and data parallelism, accumulation and recompute give the single process's numbers."""
+
+import pytest
+
+from training.runs import DROPOUT, TINY, save_to, side_by_side, train
+
+RECOMPUTE = {
+    "full": ("--recompute-granularity", "full", "--recompute-method", "uniform")
+    + ("--recompute-num-layers", "1"),
+    "selective": ("--recompute-granularity", "selective", "--recompute-modules")
+    + ("core_attn", "mlp"),
+}
+LAYOUTS = {
+    "pipeline 2": (2, ("--pipeline-model-parallel-size", "2")),
+    "data 2, distributed optimizer": (
+        2,
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    ),
+    "four micro-batches": (1, ("--micro-batch-size", "1")),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint that every layout starts from, and the losses of the single process."""
+    folder = tmp_path_factory.mktemp("start")
+    checkpoint = folder / "checkpoint"
+    train(folder / "first", *TINY, *save_to(checkpoint), "--exit-interval", "1")
+    return checkpoint, train(folder / "single", *TINY, *from_checkpoint(checkpoint))
+
+
+def from_checkpoint(checkpoint):
+    return ("--load", str(checkpoint), "--no-load-optim", "--no-load-rng")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_has_the_losses_of_one_process(start, tmp_path, name):
+    checkpoint, single = start
+    processes, options = LAYOUTS[name]
+    run = train(tmp_path, *TINY, *from_checkpoint(checkpoint), *options, processes=processes)
+    assert list(run.losses) == list(single.losses) == [2, 3, 4, 5, 6]
+    for iteration, loss in single.losses.items():
+        assert run.losses[iteration] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_recompute_changes_nothing_but_rounding(tmp_path):
+    """Autograd adds up a tensor's gradients in another order where a part is recomputed."""
+    plain, full, selective = side_by_side(
+        lambda: train(tmp_path / "plain", *TINY, *DROPOUT),
+        lambda: train(tmp_path / "full", *TINY, *DROPOUT, *RECOMPUTE["full"]),
+        lambda: train(tmp_path / "selective", *TINY, *DROPOUT, *RECOMPUTE["selective"]),
+    )
+    for recomputed in (full, selective):
+        assert recomputed.losses == pytest.approx(plain.losses, rel=1e-6)
+        assert recomputed.gradient_norms == pytest.approx(plain.gradient_norms, rel=1e-5)
