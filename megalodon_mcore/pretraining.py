@@ -186,7 +186,19 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
     # Megatron's own usage line runs over several hundred arguments before it says what is wrong.
     parser.prog = "megalodon-mcore pretrain"
     parser.usage = "%(prog)s ARGUMENTS (--help lists them)"
+    _repair_help(parser)
     return parser
+
+
+def _repair_help(parser: ArgumentParser) -> None:
+    """Escapes the percent signs of Megatron's help texts that argparse cannot format."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            if action.help:
+                formatter._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _defaults() -> dict[str, Any]:

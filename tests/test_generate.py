@@ -1,0 +1,98 @@
+"""Generation: greedy tokens, streamed text, prompts, and a state that does not grow."""
+
+import io
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from building import build, randomize
+from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
+from megalodon_mcore.generate import decode_stream, generate_tokens, read_prompt
+from megalodon_mcore.sampling import Sampler
+from megalodon_mcore.streaming import StreamingModel, StreamState
+
+CHUNK = 8
+
+
+@pytest.fixture
+def model(megatron):
+    model, _ = build(MegalodonConfig(chunk_size=CHUNK), vocab_size=64)
+    randomize(model)
+    return model.eval()
+
+
+def test_greedy_tokens_equal_whole_passes_across_chunks(model):
+    prompt = torch.randint(60, (11,)).tolist()
+    generated = list(
+        generate_tokens(StreamingModel(model, 5), prompt, 30, Sampler(temperature=0.0), 60)
+    )
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(30):
+            logits = model(torch.tensor([tokens]), None, None)
+            tokens.append(int(logits[0, -1, :60].argmax()))
+    assert generated == tokens[len(prompt) :]
+
+
+def test_seed_fixes_the_text_and_the_stop_token_ends_it(model):
+    def generate(seed, stop_token=None):
+        stream = StreamingModel(model)
+        return list(generate_tokens(stream, [1, 2], 40, Sampler(), 64, seed, stop_token))
+
+    assert generate(7) == generate(7) != generate(8)
+    stop = generate(7)[5]
+    assert generate(7, stop) == generate(7)[: generate(7).index(stop)]
+
+
+def state_bytes(state: StreamState) -> int:
+    tensors = [*state.final_norm]
+    for layer in state.layers:
+        tensors += [*layer.timestep_norm, layer.cema, *layer.attention]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_state_does_not_grow(model):
+    stream, state = StreamingModel(model), None
+    at_chunk_position: dict[int, set[int]] = {}
+    for position in range(5 * CHUNK):
+        _, state = stream(torch.tensor([[position % 64]]), state)
+        at_chunk_position.setdefault(position % CHUNK, set()).add(state_bytes(state))
+    assert all(len(sizes) == 1 for sizes in at_chunk_position.values())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
+    return MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
+    )
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 and 🦈🦈", "é" * 40, "\n\t x"])
+def test_streamed_text_is_the_decoded_text(tokenizer, text):
+    ids = list(text.encode())
+    assert "".join(decode_stream(tokenizer, list(b"prompt"), iter(ids))) == text
+
+
+def test_streamed_text_survives_invalid_bytes(tokenizer):
+    ids = random.Random(0).choices(range(256), k=400)
+    pieces = list(decode_stream(tokenizer, [], iter(ids)))
+    plain = [chr(i) for i in ids if i < 128]
+    assert [c for c in "".join(pieces) if ord(c) < 128] == plain
+
+
+def test_prompt_comes_from_argument_file_or_standard_input(tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("from file é", encoding="utf-8")
+    assert read_prompt(Namespace(prompt="given", prompt_file=None)) == "given"
+    file = tmp_path / "prompt.txt"
+    assert read_prompt(Namespace(prompt=None, prompt_file=file)) == "from file é"
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
+    assert read_prompt(Namespace(prompt=None, prompt_file=Path("-"))) == "piped"
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
+    assert read_prompt(Namespace(prompt=None, prompt_file=None)) == "piped"
