@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.config import MegalodonConfig, MegalodonSize, ResolvedMegalodonConfig
 
 BYTES_FLOAT32 = 4
 BYTES_BFLOAT16 = 2
@@ -22,6 +22,26 @@ class ModelShape:
     tied_embeddings: bool
     vocab_size: int
     megalodon: ResolvedMegalodonConfig
+
+    @classmethod
+    def of(
+        cls, size: MegalodonSize, vocab_size: int, own: MegalodonConfig | None = None
+    ) -> ModelShape:
+        """The shape of a named size; `own` replaces its Megalodon values.
+
+        Raises:
+            ValueError: a value of `own` does not fit.
+        """
+        return cls(
+            num_layers=size.num_layers,
+            hidden_size=size.hidden_size,
+            num_attention_heads=size.num_attention_heads,
+            ffn_hidden_size=size.ffn_hidden_size,
+            swiglu=size.swiglu,
+            tied_embeddings=size.tied_embeddings,
+            vocab_size=vocab_size,
+            megalodon=(own or size.megalodon).resolve(size.hidden_size, size.num_attention_heads),
+        )
 
 
 def float32_parameters_per_layer(shape: ModelShape) -> int:

@@ -37,21 +37,11 @@ def run(args: Namespace) -> int:
     own = size.megalodon.override(config_from_environment()).override(
         parse_config(args.set, "--set")
     )
-    resolved = own.resolve(size.hidden_size, size.num_attention_heads)
-    shape = accounting.ModelShape(
-        num_layers=size.num_layers,
-        hidden_size=size.hidden_size,
-        num_attention_heads=size.num_attention_heads,
-        ffn_hidden_size=size.ffn_hidden_size,
-        swiglu=size.swiglu,
-        tied_embeddings=size.tied_embeddings,
-        vocab_size=args.vocab_size,
-        megalodon=resolved,
-    )
+    shape = accounting.ModelShape.of(size, args.vocab_size, own)
     bf16 = args.dtype == "bf16"
     print(f"Megalodon {args.preset}\n\nConfiguration")
     _print_rows({**size.megatron_arguments(), "vocab_size": args.vocab_size})
-    _print_rows(dataclasses.asdict(resolved))
+    _print_rows(dataclasses.asdict(shape.megalodon))
     counts = accounting.parameters_by_part(shape)
     print("\nParameters")
     _print_rows(counts | {"total": sum(counts.values())})

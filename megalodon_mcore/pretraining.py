@@ -155,9 +155,7 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--megalodon-value-dim", type=int, help="Width of values and gate (2 x hidden size)."
     )
-    group.add_argument(
-        "--megalodon-cema-ndim", type=int, help="EMA dimensions per channel, 1 to 32 (16)."
-    )
+    group.add_argument("--megalodon-cema-ndim", type=int, help="EMA dimensions per channel (16).")
     group.add_argument(
         "--megalodon-norm-num-groups",
         type=int,

@@ -15,20 +15,6 @@ LISTED = {
 }
 
 
-def shape_of(name: str, vocab_size: int) -> ModelShape:
-    size = SIZES[name]
-    return ModelShape(
-        num_layers=size.num_layers,
-        hidden_size=size.hidden_size,
-        num_attention_heads=size.num_attention_heads,
-        ffn_hidden_size=size.ffn_hidden_size,
-        swiglu=size.swiglu,
-        tied_embeddings=size.tied_embeddings,
-        vocab_size=vocab_size,
-        megalodon=size.megalodon.resolve(size.hidden_size, size.num_attention_heads),
-    )
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_named_sizes_have_the_listed_parameter_counts(name):
-    assert total_parameters(shape_of(name, 32_000)) == LISTED[name]
+    assert total_parameters(ModelShape.of(SIZES[name], 32_000)) == LISTED[name]

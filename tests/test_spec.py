@@ -14,7 +14,7 @@ from megalodon_mcore import spec
 from megalodon_mcore.accounting import ModelShape, parameters_by_part, total_parameters
 from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
-from test_accounting import LISTED, shape_of
+from test_accounting import LISTED
 
 
 def gpt_model(layer_spec, config, **options) -> GPTModel:
@@ -217,7 +217,7 @@ def test_named_sizes_build_exactly_the_parameters_accounted_for(megatron, name):
             share_embeddings_and_output_weights=size.tied_embeddings,
         )
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert counted_by_part(model) == parameters_by_part(shape_of(name, 32_000))
+    assert counted_by_part(model) == parameters_by_part(ModelShape.of(SIZES[name], 32_000))
     assert sum(counted_by_part(model).values()) == LISTED[name]
 
 

@@ -39,7 +39,7 @@ def as_arguments() -> list[str]:
 
 
 def arguments_in(checkpoint: Path, iteration: int) -> Namespace:
-    """The arguments a checkpoint holds; Megatron stores them beside dtypes, as a pickle of ours."""
+    """The arguments that a checkpoint holds."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     return load_common_state_dict(str(checkpoint / f"iter_{iteration:07d}"))["args"]
