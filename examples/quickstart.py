@@ -32,7 +32,16 @@ MODEL_ARGUMENTS = [
     *("--megalodon-chunk-size", "128", "--make-vocab-size-divisible-by", "8"),
 ]
 OPTIMIZER_ARGUMENTS = [
-    *("--lr", "3e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20"),
+    *(
+        "--lr",
+        "3e-3",
+        "--min-lr",
+        "1e-4",
+        "--lr-decay-style",
+        "cosine",
+        "--lr-warmup-fraction",
+        "0.08",
+    ),
     *("--weight-decay", "0.1", "--adam-beta2", "0.95", "--clip-grad", "1.0"),
 ]
 LOG_LINE = re.compile(
