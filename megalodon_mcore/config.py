@@ -24,6 +24,10 @@ class MegalodonConfig:
     Names follow the released configuration (github XuezheMax/megalodon, megalodon/config.py).
     """
 
+    num_heads: int | None = None
+    """Attention heads; --num-attention-heads. Megatron wants that argument to be a multiple of
+    --tensor-model-parallel-size, while ranks can share a Megalodon head."""
+
     chunk_size: int = 2048
     """Positions an attention chunk spans; nothing attends across chunks."""
 
@@ -63,11 +67,12 @@ class MegalodonConfig:
             "z_dim": hidden_size // 4,
             "value_dim": 2 * hidden_size,
             "norm_num_groups": groups,
+            "num_heads": num_attention_heads,
         }
         values = dataclasses.asdict(self)
         values.update({name: derived[name] for name in derived if values[name] is None})
         resolved = ResolvedMegalodonConfig(**values)
-        _check(resolved, hidden_size, num_attention_heads)
+        _check(resolved, hidden_size)
         return resolved
 
     def override(self, values: dict[str, Any]) -> MegalodonConfig:
@@ -87,20 +92,22 @@ class MegalodonConfig:
 class ResolvedMegalodonConfig(MegalodonConfig):
     """A MegalodonConfig in which every width is a number."""
 
+    num_heads: int
     z_dim: int
     value_dim: int
     norm_num_groups: int
 
 
-def _check(config: ResolvedMegalodonConfig, hidden_size: int, num_heads: int) -> None:
-    for name in ("chunk_size", "z_dim", "value_dim", "cema_ndim", "norm_num_groups"):
+def _check(config: ResolvedMegalodonConfig, hidden_size: int) -> None:
+    num_heads = config.num_heads
+    for name in ("num_heads", "chunk_size", "z_dim", "value_dim", "cema_ndim", "norm_num_groups"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it takes a positive integer.")
     for name in ("z_dim", "value_dim"):
         if getattr(config, name) % num_heads:
             raise ValueError(
-                f"{name} is {getattr(config, name)}, which --num-attention-heads {num_heads} does "
-                f"not divide; take a multiple of {num_heads}."
+                f"{name} is {getattr(config, name)}, which the {num_heads} heads "
+                f"(--num-attention-heads) do not divide; take a multiple of {num_heads}."
             )
     if (config.z_dim // num_heads) % 2:
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megalodon_mcore.config import INIT_MODES, SIZES
+from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -70,13 +71,10 @@ def run() -> None:
     """Parses sys.argv as Megatron does and trains."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     args = parse_arguments()
-    model_config = gpt_config_from_args(args)
+    model_config = model_config_from_arguments(args)
     check_model(model_config)
     datasets_provider.is_distributed = True
     pretrain(
@@ -116,6 +114,26 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
     return args
 
 
+def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
+    """Megatron's GPTModelConfig, also where tensor-parallel ranks share a head.
+
+    Its constructor refuses that, while none of the layers built here goes by its number of heads.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
+    if heads % tp == 0 or tp % heads:
+        return gpt_config_from_args(args)
+    args.num_attention_heads = tp
+    try:
+        model_config = gpt_config_from_args(args)
+    finally:
+        args.num_attention_heads = heads
+    model_config.transformer.num_attention_heads = heads
+    model_config.transformer.num_query_groups = heads
+    return model_config
+
+
 def check_model(model_config: Any) -> None:  # noqa: ANN401
     """Resolves the spec before any process group exists, so that a wrong value fails at once.
 
@@ -123,14 +141,12 @@ def check_model(model_config: Any) -> None:  # noqa: ANN401
         SystemExit: with the one sentence of the ValueError.
     """
     from megalodon_mcore.spec import MegalodonSpec
-    from megalodon_mcore.validation import check_supported
 
     spec = model_config.transformer_layer_spec
     if not isinstance(spec, MegalodonSpec):
         return
     try:
-        check_supported(model_config.transformer, model_config.position_embedding_type)
-        spec.resolve(model_config.transformer)
+        spec.check(model_config.transformer, model_config.position_embedding_type)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
 
@@ -145,6 +161,12 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
         choices=list(SIZES),
         help="Named size: sets the defaults of the Megatron arguments (layers, widths, heads, "
         "SwiGLU, RoPE base, tied embeddings) and of those below.",
+    )
+    group.add_argument(
+        "--megalodon-num-heads",
+        type=int,
+        help="Attention heads (--num-attention-heads, which Megatron wants to be a multiple of "
+        "--tensor-model-parallel-size).",
     )
     group.add_argument(
         "--megalodon-chunk-size", type=int, help="Positions an attention chunk spans (2048)."
@@ -179,6 +201,13 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument(
         "--megalodon-init-mode", choices=INIT_MODES, help="How projections start (he)."
+    )
+    group.add_argument(
+        "--megalodon-sequence-order",
+        choices=SEQUENCE_ORDERS,
+        default="contiguous",
+        help="How context parallelism cuts a sequence (contiguous): in order, or as Megatron's "
+        "scripts do.",
     )
     parser.set_defaults(**_defaults())
     # Megatron's own usage line runs over several hundred arguments before it says what is wrong.
@@ -284,9 +313,22 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
+    cp_group = mpu.get_context_parallel_group()
+    if args.megalodon_sequence_order == "contiguous":
+        return contiguous_share(batch, cp_group.rank(), cp_group.size())
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+
+
+def contiguous_share(
+    batch: dict[str, Tensor | None], rank: int, size: int
+) -> dict[str, Tensor | None]:
+    """The rank-th of `size` equal parts of [batch, length] tensors, and of queries in a mask."""
+    return {
+        key: value.chunk(size, dim=2 if key == "attention_mask" else 1)[rank]
+        if isinstance(value, Tensor) and key in BATCH_KEYS
+        else value
+        for key, value in batch.items()
+    }
 
 
 def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

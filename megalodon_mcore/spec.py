@@ -39,7 +39,7 @@ from megalodon_mcore.layers.block import (
     MegalodonLayerSubmodules,
 )
 from megalodon_mcore.layers.initialization import embedding_initializer
-from megalodon_mcore.validation import check_supported
+from megalodon_mcore.validation import check_layout, check_supported
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,16 @@ ARGUMENT_PREFIX = "megalodon_"
 
 @dataclass(frozen=True)
 class MegalodonSpec:
-    """Builds the layers and the final norm for a configuration; `size` gives the defaults."""
+    """Builds the layers and the final norm for a configuration.
+
+    Args:
+        size: gives the defaults.
+        sequence_order: how context parallelism cuts a sequence, contiguous or zigzag. Zigzag is
+            what Megatron's get_batch does; an argument --megalodon-sequence-order comes first.
+    """
 
     size: MegalodonSize | None = None
+    sequence_order: str = "zigzag"
 
     def __call__(
         self,
@@ -79,19 +86,42 @@ class MegalodonSpec:
         Raises:
             ValueError: the configuration asks for what Megalodon cannot do, or values do not fit.
         """
-        check_supported(config, position_embedding_type)
-        megalodon = self.resolve(config)
+        megalodon, sequence_order = self.check(config, position_embedding_type)
         config.init_method = embedding_initializer(config.hidden_size)
         config.embedding_init_method = config.init_method
         layer = ModuleSpec(
             module=MegalodonLayer,
-            params={"megalodon": megalodon, "rotary_base": rotary_base},
+            params={
+                "megalodon": megalodon,
+                "rotary_base": rotary_base,
+                "sequence_order": sequence_order,
+            },
             submodules=MegalodonLayerSubmodules(),
         )
         return TransformerBlockSubmodules(
             layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),
-            layer_norm=functools.partial(FinalTimestepNorm, num_groups=megalodon.norm_num_groups),
+            layer_norm=functools.partial(
+                FinalTimestepNorm,
+                num_groups=megalodon.norm_num_groups,
+                sequence_order=sequence_order,
+            ),
         )
+
+    def check(
+        self, config: TransformerConfig, position_embedding_type: str
+    ) -> tuple[ResolvedMegalodonConfig, str]:
+        """Megalodon's values and the order of sequences, once all is found to fit together.
+
+        Raises:
+            ValueError: as block_submodules.
+        """
+        check_supported(config, position_embedding_type)
+        megalodon = self.resolve(config)
+        arguments = _megatron_arguments()
+        sequence_order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
+        seq_length = getattr(arguments, "seq_length", None)
+        check_layout(config, megalodon, sequence_order, seq_length)
+        return megalodon, sequence_order
 
     def resolve(self, config: TransformerConfig) -> ResolvedMegalodonConfig:
         """Megalodon's values: Megatron's arguments, then the environment, then a checkpoint's

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.parallel.sequence_layout import (
+    context_parallel_layout,
+    sequence_parallel_layout,
+)
+
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
@@ -18,18 +24,12 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
             f"--position-embedding-type is {position_embedding_type}, which would add positions to "
             "the embedding; Megalodon rotates inside its chunks, so take none."
         )
-    for value, argument in (
-        (config.tensor_model_parallel_size, "--tensor-model-parallel-size"),
-        (config.context_parallel_size, "--context-parallel-size"),
-        (config.expert_model_parallel_size, "--expert-model-parallel-size"),
-    ):
-        if value > 1:
-            raise ValueError(
-                f"{argument} is {value}, which Megalodon cannot do yet; take 1 and spread the "
-                "work with data and pipeline parallelism."
-            )
+    if config.expert_model_parallel_size > 1:
+        raise ValueError(
+            f"--expert-model-parallel-size is {config.expert_model_parallel_size}, but Megalodon "
+            "has no experts; take 1."
+        )
     for unsupported, argument in (
-        (config.sequence_parallel, "--sequence-parallel"),
         (config.num_moe_experts, "--num-experts"),
         (config.multi_latent_attention, "--multi-latent-attention"),
         (config.mtp_num_layers, "--mtp-num-layers"),
@@ -43,6 +43,11 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
     ):
         if unsupported:
             raise ValueError(f"{argument} is set, which Megalodon cannot honour; leave it out.")
+    if config.hierarchical_context_parallel_sizes:
+        raise ValueError(
+            "--hierarchical-context-parallel-sizes is set, but Megalodon's exchange has one level; "
+            "leave it out."
+        )
     if config.num_query_groups not in (None, config.num_attention_heads):
         raise ValueError(
             f"--num-query-groups is {config.num_query_groups}, but every Megalodon head has keys "
@@ -55,3 +60,43 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
                 f"--recompute-modules has {' '.join(unknown)}; Megalodon recomputes "
                 f"{' and '.join(RECOMPUTE_MODULES)}."
             )
+
+
+def check_layout(
+    config: TransformerConfig,
+    megalodon: ResolvedMegalodonConfig,
+    sequence_order: str,
+    seq_length: int | None,
+) -> None:
+    """Checks that the model and its sequences can be cut as the parallel sizes ask.
+
+    Raises:
+        ValueError: the first size that does not fit; one sentence names it and what would work.
+    """
+    tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
+    heads = megalodon.num_heads
+    if heads % tp and tp % heads:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {tp}, with {heads} heads; take a divisor or a "
+            "multiple of the heads."
+        )
+    for value, name in (
+        (config.hidden_size, "--hidden-size"),
+        (megalodon.value_dim, "value_dim"),
+        (config.ffn_hidden_size, "--ffn-hidden-size"),
+    ):
+        if value % tp:
+            raise ValueError(
+                f"--tensor-model-parallel-size is {tp}, which does not divide {name} {value}; "
+                "take a size that does."
+            )
+    if seq_length is None:
+        return
+    if seq_length % cp:
+        raise ValueError(
+            f"--seq-length is {seq_length}, which --context-parallel-size {cp} does not divide; "
+            f"take a multiple of {cp}."
+        )
+    layout = context_parallel_layout(sequence_order, cp, seq_length // cp)
+    if config.sequence_parallel:
+        sequence_parallel_layout(layout, tp)

@@ -46,7 +46,7 @@ def test_widths_follow_from_the_hidden_size(hidden_size, z_dim, value_dim, group
 
 
 def test_given_widths_are_kept():
-    own = MegalodonConfig(z_dim=6, value_dim=9, norm_num_groups=5)
+    own = MegalodonConfig(num_heads=3, z_dim=6, value_dim=9, norm_num_groups=5)
     resolved = own.resolve(hidden_size=40, num_attention_heads=3)
     assert dataclasses.asdict(resolved) == dataclasses.asdict(own)
 
@@ -72,7 +72,8 @@ def test_widths_must_be_multiples_of_the_heads(field, value):
         MegalodonConfig(**({"z_dim": 18, "value_dim": 66} | {field: value})).resolve, 32, 3
     )
     assert message == (
-        f"{field} is {value}, which --num-attention-heads 3 does not divide; take a multiple of 3."
+        f"{field} is {value}, which the 3 heads (--num-attention-heads) do not divide; "
+        "take a multiple of 3."
     )
 
 

@@ -77,7 +77,8 @@ def test_a_call_with_the_model_configuration_gives_the_same(megatron):
     direct = sized.block_submodules(direct_config, rotary_base=700)
     assert called.layer_specs == direct.layer_specs and len(called.layer_specs) == 2
     assert called.layer_norm.func is direct.layer_norm.func is FinalTimestepNorm
-    assert called.layer_norm.keywords == direct.layer_norm.keywords == {"num_groups": 2}
+    assert called.layer_norm.keywords == direct.layer_norm.keywords
+    assert called.layer_norm.keywords == {"num_groups": 2, "sequence_order": "zigzag"}
 
     models = []
     for layer_spec, config in ((called, called_config), (sized, direct_config)):
@@ -259,21 +260,29 @@ def test_embedding_and_output_start_as_truncated_normals(megatron, path, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_checkpoints_cover_every_parameter(megatron, tied):
-    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     model, _ = build(MegalodonConfig(rescale_nffn=True), tied=tied, swiglu=True)
     sharded = model.sharded_state_dict()
-    tensors = {name: v for name, v in sharded.items() if isinstance(v, ShardedTensor)}
+    entries = {
+        name: entry
+        for name, entry in sharded.items()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    }
     parameters = dict(model.named_parameters())
-    assert parameters.keys() <= tensors.keys()
+    assert parameters.keys() <= entries.keys()
     for name, parameter in parameters.items():
-        entry = tensors[name]
-        assert entry.data.data_ptr() == parameter.data_ptr(), name
-        assert entry.dtype == parameter.dtype, name
-        assert entry.local_shape == entry.global_shape[-parameter.dim() :] == parameter.shape, name
+        assert entries[name].data.data_ptr() == parameter.data_ptr(), name
     # Entries beyond the parameters may only be other names of them: a tied output projection.
     pointers = {parameter.data_ptr() for parameter in parameters.values()}
-    assert {entry.data.data_ptr() for entry in tensors.values()} == pointers
+    assert {entry.data.data_ptr() for entry in entries.values()} == pointers
+    tensors = []
+    for name, parameter in parameters.items():
+        entry = entries[name]
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        assert sum(part.data.numel() for part in parts) == parameter.numel(), name
+        assert all(part.dtype == parameter.dtype for part in parts), name
+        tensors += parts
     # No two entries of the same place in the checkpoint.
-    places = {(entry.key, entry.global_offset) for entry in tensors.values()}
-    assert len(places) == len(parameters)
+    places = {(entry.key, entry.global_offset) for entry in tensors}
+    assert len(places) == len(tensors)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .portable import cema_portable, coefficients, powers
+from .portable import cema_portable, cema_response_portable, coefficients, powers
 
-__all__ = ["cema", "coefficients", "powers"]
+__all__ = ["cema", "cema_response", "coefficients", "powers"]
 
 
 def cema(
@@ -50,6 +50,39 @@ def cema(
     """
     _check(x, alpha, delta, theta, gamma, omega, state)
     return cema_portable(x, alpha, delta, theta, gamma, omega, state, return_state)
+
+
+def cema_response(
+    state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
+) -> Tensor:
+    """What `cema` returns for `length` zeros after this state: a state's share of the outputs.
+
+    CEMA is linear, so the outputs of x after a state are those of x after zeros plus this:
+
+        y_t = Re(sum_n gamma_n q_n^(t+1) state_n) / sqrt(N),  t = 0..length-1
+
+    Args:
+        state: complex64 [batch, D, N], or complex128 with float64 parameters.
+        alpha: As delta, theta and gamma, what `cema` takes.
+        delta: See alpha.
+        theta: See alpha.
+        gamma: See alpha.
+        length: Steps, at least 1.
+
+    Returns:
+        y, float32 (float64) [batch, length, D]; differentiable in state and the parameters.
+
+    Raises:
+        ValueError: the state's shape does not fit, or length is below 1.
+    """
+    if state.dim() != 3 or state.shape[1:] != alpha.shape[:2] or not state.is_complex():
+        raise ValueError(
+            f"state is {state.dtype} {list(state.shape)}; for alpha {list(alpha.shape)} it must "
+            f"be complex [batch, {alpha.shape[0]}, {alpha.shape[1]}]."
+        )
+    if length < 1:
+        raise ValueError(f"length is {length}; it must be at least 1.")
+    return cema_response_portable(state, alpha, delta, theta, gamma, length)
 
 
 def _check(

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # Steps in a block, halved where there are so few in all that building the maps costs most.
 BLOCK = 64
@@ -67,7 +68,9 @@ def powers(
     phase = t * turns[:, None]
     phase = phase - phase.detach().round()
     magnitude = (t * log_magnitude[:, None]).to(dtype).exp()
-    return torch.polar(magnitude, (2 * math.pi * phase).to(dtype))
+    angle = (2 * math.pi * phase).to(dtype)
+    # torch.polar's backward divides by the magnitude, which gives NaN where that is denormal.
+    return torch.complex(magnitude * angle.cos(), magnitude * angle.sin())
 
 
 def cema_portable(
@@ -93,6 +96,41 @@ def cema_portable(
                 x, alpha, delta, theta, gamma, omega, state, return_state
             )
     return y, state_out if return_state else None
+
+
+def cema_response_portable(
+    state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
+) -> Tensor:
+    """The torch path of :func:`megalodon_mcore.kernels.cema.cema_response`, unchecked."""
+    with torch.autocast(state.device.type, enabled=False):
+        # Backward saves the arguments alone: powers of every block take more than the result.
+        return checkpoint(
+            *(_response, state, alpha, delta, theta, gamma, length),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+
+
+def _response(
+    state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
+) -> Tensor:
+    """y_t = Re(readout q^(t+1) h), q^(t+1) split into q^(block start) and q^(step + 1)."""
+    batch, channels, ndim = state.shape
+    real = state.dtype.to_real()
+    block = min(BLOCK, length)
+    blocks = -(-length // block)
+    _, log_magnitude, turns = coefficients(alpha, delta, theta)
+    starts = torch.arange(blocks, device=state.device) * block
+    steps = torch.arange(1, block + 1, device=state.device)
+    # [batch, D, blocks, N]: the state that every block starts with.
+    h = state[:, :, None] * powers(log_magnitude, turns, starts, real)
+    readout = torch.view_as_complex(gamma.contiguous())[:, None] / math.sqrt(ndim)
+    readout = readout * powers(log_magnitude, turns, steps, real)
+    # Re(c h) = Re(c) Re(h) - Im(c) Im(h), as one product per channel.
+    response = torch.view_as_real(readout.conj().resolve_conj()).flatten(2)
+    h = torch.view_as_real(h).flatten(3).transpose(0, 1).flatten(1, 2)
+    y = torch.bmm(h, response.mT).view(channels, batch, blocks * block)
+    return y.permute(1, 2, 0)[:, :length]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,9 +4,15 @@ import torch
 from torch import Tensor
 
 from .naive import TimestepNormState, timestep_norm_naive
-from .portable import timestep_norm_portable
+from .portable import timestep_norm_portable, timestep_statistics_portable
 
-__all__ = ["TimestepNormState", "timestep_norm", "timestep_norm_naive", "timestep_norm_portable"]
+__all__ = [
+    "TimestepNormState",
+    "timestep_norm",
+    "timestep_norm_naive",
+    "timestep_norm_portable",
+    "timestep_statistics",
+]
 
 
 def timestep_norm(
@@ -48,6 +54,27 @@ def timestep_norm(
     """
     _check(x, weight, bias, num_groups, state, mask)
     return timestep_norm_portable(x, weight, bias, num_groups, eps, state, mask, return_state)
+
+
+def timestep_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of every group over all steps of x.
+
+    Args:
+        x: [batch, length, D], any floating type and strides, length at least 1.
+        num_groups: G, a divisor of D.
+
+    Returns:
+        mean and var, float64 [batch, G], differentiable in x.
+
+    Raises:
+        ValueError: x's shape or num_groups does not fit.
+    """
+    if x.dim() != 3 or x.shape[1] < 1 or num_groups < 1 or x.shape[2] % num_groups:
+        raise ValueError(
+            f"x is {list(x.shape)} and num_groups {num_groups}; x must be [batch, length, D] with "
+            "length at least 1 and num_groups must divide D."
+        )
+    return timestep_statistics_portable(x, num_groups)
 
 
 def _check(

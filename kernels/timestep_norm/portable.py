@@ -158,6 +158,42 @@ class _TimestepNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_mean_in, grad_var_in, None, None, None
 
 
+def timestep_statistics_portable(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Same argument and results as `timestep_statistics`; nothing is checked here."""
+    return _TimestepStatistics.apply(x, num_groups)
+
+
+class _TimestepStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        step_mean, step_var = _step_statistics(x, groups, None)
+        mean = step_mean.mean(1)
+        var = step_mean.sub_(mean[:, None]).square_().add_(step_var).mean(1)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        grad_mean: Tensor,
+        grad_var: Tensor,
+    ) -> tuple[Tensor, None]:
+        x, mean = ctx.saved_tensors
+        groups, dtype = mean.shape[1], _compute_dtype(x)
+        scalars = x.shape[1] * (x.shape[2] // groups)
+        slope = grad_var * (2 / scalars)
+        # slope (x - mean) + grad_mean / scalars, about the rounded mean.
+        rounded = mean.to(dtype)
+        constant = grad_mean / scalars - slope * (mean - rounded)
+        slope, constant = (z.to(dtype)[:, None, :, None] for z in (slope, constant))
+        grad_x = torch.empty_like(x)
+        for steps in _blocks(x):
+            centred = _grouped(x, steps, groups, None) - rounded[:, None, :, None]
+            grad_x[:, steps] = torch.addcmul(constant, centred, slope).flatten(2)
+        return grad_x, None
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

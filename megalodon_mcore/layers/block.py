@@ -25,6 +25,8 @@ from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
 from megalodon_mcore.layers.mixer import MegalodonMixer, MixerState
 from megalodon_mcore.layers.norms import TimestepNorm
+from megalodon_mcore.parallel.model_parallel import ModelParallel
+from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
 
 
 @dataclass
@@ -48,12 +50,14 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         submodules: MegalodonLayerSubmodules,
         megalodon: ResolvedMegalodonConfig,
         rotary_base: float,
+        sequence_order: str = "zigzag",
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.ranks_per_sample = pg_collection.tp.size() * pg_collection.cp.size()
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, get_pg_rank(pg_collection.pp)
         )
@@ -71,6 +75,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             "column_parallel_linear": submodules.column_parallel_linear,
             "row_parallel_linear": submodules.row_parallel_linear,
             "pg_collection": pg_collection,
+            "parallel": ModelParallel(pg_collection, config.sequence_parallel, sequence_order),
             "device": parameter_device(config),
         }
         self.mixer = MegalodonMixer(rotary_base=rotary_base, **common)
@@ -102,7 +107,16 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         return self._block(hidden_states, None, False)[0], context
 
     def stream(self, hidden_states: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """Continues a sequence from `state` (None at its start); returns the state after it."""
+        """Continues a sequence from `state` (None at its start); returns the state after it.
+
+        Raises:
+            ValueError: tensor or context parallelism spreads a sequence over ranks.
+        """
+        if self.ranks_per_sample > 1:
+            raise ValueError(
+                f"{self.ranks_per_sample} ranks share a sequence; stream with "
+                "--tensor-model-parallel-size 1 and --context-parallel-size 1."
+            )
         hidden_states, state = self._block(hidden_states, state, True)
         assert state is not None
         return hidden_states, state
@@ -125,20 +139,34 @@ class FinalTimestepNorm(TimestepNorm):
     """The model's last norm, called by TransformerBlock with hidden states alone."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, num_groups: int
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        num_groups: int,
+        sequence_order: str = "zigzag",
     ) -> None:
         super().__init__(hidden_size, num_groups, eps, parameter_device(config))
         self.output_dtype = config.params_dtype
+        self.parallel = ModelParallel(
+            ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "tp_cp"]),
+            config.sequence_parallel,
+            sequence_order,
+        )
+        if self.parallel.sequence_parallel:
+            mark_sequence_parallel(self)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalizes [length, batch, hidden_size]."""
-        return super().forward(hidden_states)[0].to(self.output_dtype).contiguous()
+        shards = self.parallel.residual_shards(hidden_states.shape[0])
+        normalized, _ = super().forward(hidden_states, shards)
+        return normalized.to(self.output_dtype).contiguous()
 
     def stream(
         self, hidden_states: Tensor, state: TimestepNormState | None
     ) -> tuple[Tensor, TimestepNormState | None]:
         """Continues a sequence from `state` (None at its start)."""
-        hidden_states, state = super().forward(hidden_states, state, return_state=True)
+        hidden_states, state = super().forward(hidden_states, state=state, return_state=True)
         return hidden_states.to(self.output_dtype), state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from megalodon_mcore.config import ResolvedMegalodonConfig
 from megalodon_mcore.layers.float32_module import Float32Module
 from megalodon_mcore.layers.initialization import projection_initializer
 from megalodon_mcore.layers.norms import LayerNorm
+from megalodon_mcore.parallel import dropout_rng
+from megalodon_mcore.parallel.model_parallel import ModelParallel
+from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
+from megalodon_mcore.parallel.tensor_split import TensorSplit
 
 
 class Rescale(Float32Module):
@@ -43,9 +48,12 @@ class MegalodonFeedForward(MegatronModule):
         column_parallel_linear: type,
         row_parallel_linear: type,
         pg_collection: ProcessGroupCollection,
+        parallel: ModelParallel,
         device: torch.device,
     ) -> None:
         super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.split = TensorSplit(pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel)
         hidden_size, ffn_size = config.hidden_size, config.ffn_hidden_size
         self.hidden_dropout = megalodon.hidden_dropout
         self.swiglu = config.gated_linear_unit
@@ -75,6 +83,9 @@ class MegalodonFeedForward(MegatronModule):
             if megalodon.rescale_nffn
             else None
         )
+        if parallel.sequence_parallel:
+            for module in filter(None, (self.norm, self.rescale)):
+                mark_sequence_parallel(module)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[length, batch, hidden_size] to the FFN's output, rescaled, without the residual."""
@@ -85,6 +96,21 @@ class MegalodonFeedForward(MegatronModule):
             hidden = F.silu(gate) * linear
         else:
             hidden = F.silu(hidden)
-        output, _ = self.linear_fc2(F.dropout(hidden, self.hidden_dropout, self.training))
+        with dropout_rng.for_own_part(self.split):
+            hidden = F.dropout(hidden, self.hidden_dropout, self.training)
+        output, _ = self.linear_fc2(hidden)
         output = F.dropout(output, self.config.hidden_dropout, self.training)
         return output if self.rescale is None else self.rescale(output)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> dict:
+        """Megatron's entries, with W1 and W3 each cut over the ranks, as in Megatron's own MLP."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.swiglu:
+            key = f"{prefix}linear_fc1.weight"
+            sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets)
+        return sharded

@@ -37,10 +37,15 @@ def embedding_initializer(hidden_size: int) -> Initializer:
 
 
 def concatenated_initializer(initializers: list[Initializer], sizes: list[int]) -> Initializer:
-    """Initializes a [out, sum(sizes)] weight whose column ranges start differently."""
+    """Initializes a [out, k * sum(sizes)] weight: k times over, column ranges of these sizes.
+
+    A rank's part has k = 1; Megatron's CPU initialization fills all ranks' parts side by side.
+    """
 
     def initialize(weight: Tensor) -> Tensor:
-        for part, part_initializer in zip(weight.split(sizes, dim=1), initializers, strict=True):
+        repeats = weight.shape[1] // sum(sizes)
+        parts = weight.split(sizes * repeats, dim=1)
+        for part, part_initializer in zip(parts, initializers * repeats, strict=True):
             part.copy_(part_initializer(torch.empty_like(part)))
         return weight
 

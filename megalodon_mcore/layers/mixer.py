@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,22 @@ from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import concatenated_initializer, projection_initializer
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
 from megalodon_mcore.layers.query_key import QueryKeyAffine
+from megalodon_mcore.parallel import dropout_rng
+from megalodon_mcore.parallel.checkpoint_shards import (
+    TensorShare,
+    column_parts_factory,
+    sharded_module,
+)
+from megalodon_mcore.parallel.chunk_prefix import with_chunk_prefixes
+from megalodon_mcore.parallel.model_parallel import ModelParallel
+from megalodon_mcore.parallel.sequence_shards import SequenceShards
+from megalodon_mcore.parallel.shared_parameters import (
+    mark_sequence_parallel,
+    mark_split,
+    start_alike,
+    sum_gradient_over,
+)
+from megalodon_mcore.parallel.tensor_split import TensorSplit
 
 
 class MixerState(NamedTuple):
@@ -34,6 +51,9 @@ class MegalodonMixer(MegatronModule):
     """The first half of a block, up to but without its residual (DESIGN: m, z, q, k, v, r, a).
 
     `linear_proj` is Wh1 and Wh2 side by side: one product of [m, a * r].
+
+    A tensor-parallel rank runs CEMA on its channels of the whole (context-parallel share of the)
+    sequence, attends with its heads or its value columns of one, and ends in one reduction.
     """
 
     def __init__(
@@ -44,42 +64,63 @@ class MegalodonMixer(MegatronModule):
         column_parallel_linear: type,
         row_parallel_linear: type,
         pg_collection: ProcessGroupCollection,
+        parallel: ModelParallel,
         device: torch.device,
     ) -> None:
         super().__init__(config=config)
         hidden_size, eps = config.hidden_size, config.layernorm_epsilon
         self.megalodon = megalodon
         self.rotary_base = rotary_base
-        self.num_heads = config.num_attention_heads
+        self.tp_group = pg_collection.tp
+        self.parallel = parallel
+        self.split = split = TensorSplit(
+            pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel
+        )
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
 
         self.timestep_norm = TimestepNorm(hidden_size, megalodon.norm_num_groups, eps, device)
         self.cema = ComplexEMA(
-            hidden_size, megalodon.cema_ndim, device, initialize=config.perform_initialization
+            hidden_size,
+            megalodon.cema_ndim,
+            device,
+            initialize=config.perform_initialization,
+            share=split.rank,
+            shares=split.size,
         )
         self.cema_norm = RMSNorm(hidden_size, eps, device)
-        self.query_key = QueryKeyAffine(megalodon.z_dim, self.num_heads, eps, device)
+        head_dim = megalodon.z_dim // megalodon.num_heads
+        self.query_key = QueryKeyAffine(split.heads, head_dim, eps, device)
 
         def initializer(fan_in: int, fan_out: int):  # noqa: ANN202
             return projection_initializer(megalodon.init_mode, fan_in, fan_out)
 
-        def column(output_size: int) -> torch.nn.Module:
+        # Their inputs are gathered before and gradients of those summed after, once for all three.
+        column_config = copy.copy(config)
+        column_config.sequence_parallel = False
+        if split.shares_heads:
+            # Its gradient is summed in a hook, which a fused accumulation would pass by.
+            shared_config = copy.copy(column_config)
+            shared_config.gradient_accumulation_fusion = False
+
+        def column(output_size: int, shared: bool = False) -> torch.nn.Module:
             return column_parallel_linear(
                 hidden_size,
-                output_size,
-                config=config,
+                output_size // split.head_shares if shared else output_size,
+                config=shared_config if shared else column_config,
                 init_method=initializer(hidden_size, output_size),
                 bias=True,
                 gather_output=False,
                 skip_bias_add=False,
-                tp_group=pg_collection.tp,
+                disable_grad_reduce=True,
+                tp_group=split.own_group() if shared else pg_collection.tp,
             )
 
-        self.linear_z = column(megalodon.z_dim)
+        self.linear_z = column(megalodon.z_dim, shared=split.shares_heads)
         self.linear_v = column(megalodon.value_dim)
         self.linear_r = column(megalodon.value_dim)
+        self.proj_columns = [hidden_size // split.size, megalodon.value_dim // split.size]
         self.linear_proj = row_parallel_linear(
             hidden_size + megalodon.value_dim,
             hidden_size,
@@ -89,13 +130,32 @@ class MegalodonMixer(MegatronModule):
                     initializer(hidden_size, hidden_size),
                     initializer(megalodon.value_dim, hidden_size),
                 ],
-                [hidden_size, megalodon.value_dim],
+                self.proj_columns,
             ),
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
             tp_group=pg_collection.tp,
         )
+        if split.size > 1:
+            self._keep_ranks_in_step()
+
+    def _keep_ranks_in_step(self) -> None:
+        split = self.split
+        for parameter in self.cema.parameters():
+            mark_split(parameter, axis=0)
+        if split.sequence_parallel:
+            mark_sequence_parallel(self.timestep_norm)
+        # Every rank computes it whole, and sees the gradient of what it goes on to compute.
+        sum_gradient_over(self.cema_norm.weight, split.group)
+        for parameter in self.query_key.parameters():
+            mark_split(parameter, axis=1, counts_here=split.rank_in_head == 0)
+        if split.shares_heads:
+            for parameter in self.linear_z.parameters():
+                mark_split(parameter, axis=0, counts_here=split.rank_in_head == 0)
+                start_alike(parameter, split.head_group())
+            for parameter in (*self.linear_z.parameters(), *self.query_key.parameters()):
+                sum_gradient_over(parameter, split.head_group())
 
     def forward(
         self,
@@ -103,55 +163,145 @@ class MegalodonMixer(MegatronModule):
         state: MixerState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, MixerState | None]:
-        """[length, batch, hidden_size] to the update of the same shape, and the outgoing state."""
+        """[length, batch, hidden_size] to the update of the same shape, and the outgoing state.
+
+        The length is this rank's share. States go with whole sequences on a single rank.
+        """
         state = state or MixerState()
         hidden_dropout = self.megalodon.hidden_dropout
+        split = self.split
         normalized, norm_state = self.timestep_norm(
-            hidden_states, state.timestep_norm, return_state
+            hidden_states,
+            self.parallel.residual_shards(hidden_states.shape[0]),
+            state.timestep_norm,
+            return_state,
         )
-        normalized = normalized.to(self.config.params_dtype)
-        averages, cema_state = self.cema(normalized, state.cema, return_state)
-        mixed = F.dropout(self.cema_norm(averages), hidden_dropout, self.training)
+        normalized = split.whole_sequence(normalized.to(self.config.params_dtype))
+        shards = self.parallel.context_shards(normalized.shape[0])
+        averages, cema_state = self.cema(
+            split.own_channels(normalized), shards, state.cema, return_state
+        )
+        mixed = self.cema_norm(split.all_channels(averages))
+        with dropout_rng.for_common_part(split):
+            mixed = F.dropout(mixed, hidden_dropout, self.training)
 
-        query, key = self.query_key(self.linear_z(mixed)[0])
-        value = F.silu(self.linear_v(normalized)[0]).unflatten(-1, (self.num_heads, -1))
-        gate = F.silu(self.linear_r(mixed)[0])
-        attended, attention_state = self._attend(query, key, value, state.attention, return_state)
-        gated = F.dropout(attended * gate, hidden_dropout, self.training)
-        update, _ = self.linear_proj(torch.cat([mixed, gated], dim=-1))
+        projections = (self.linear_z(mixed)[0], self.linear_v(normalized)[0])
+        projections = (*projections, self.linear_r(mixed)[0])
+        if self.recompute_attention and self.training and not return_state:
+            gated = tensor_parallel.checkpoint(self._gated_attention, False, *projections)
+            attention_state = None
+        else:
+            gated, attention_state = self._gated_attention_and_state(
+                *projections, state.attention, return_state
+            )
+        update, _ = self.linear_proj(torch.cat([split.own_channels(mixed), gated], dim=-1))
 
         if not return_state:
             return update, None
         return update, MixerState(norm_state, cema_state, attention_state)
+
+    def _gated_attention(self, z: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        return self._gated_attention_and_state(z, value, gate, None, False)[0]
+
+    def _gated_attention_and_state(
+        self,
+        z: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        state: AttentionState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, AttentionState | None]:
+        """a * r from what z, v and r are before normalization and SiLU; [length, batch, ...]."""
+        query, key = self.query_key(z)
+        value = F.silu(value).unflatten(-1, (self.split.heads, -1))
+        shards = self.parallel.context_shards(z.shape[0])
+        # Ranks that share a head drop the same of its weights.
+        attention_rng = (
+            dropout_rng.for_common_part if self.split.shares_heads else dropout_rng.for_own_part
+        )
+        with attention_rng(self.split):
+            if shards is None:
+                offset = 0 if state is None else state.key.shape[1]
+                key = self._rotate(key, offset)
+                attended, state = self._attend(query, key, value, offset, state, return_state)
+            else:
+                attended = self._attend_shards(query, key, value, shards)
+        gated = attended.flatten(-2) * F.silu(gate)
+        with dropout_rng.for_own_part(self.split):
+            return F.dropout(gated, self.megalodon.hidden_dropout, self.training), state
+
+    def _attend_shards(
+        self, query: Tensor, key: Tensor, value: Tensor, shards: SequenceShards
+    ) -> Tensor:
+        key = torch.cat(
+            [
+                self._rotate(part, segment.start)
+                for segment, part in zip(shards.own, shards.split(key), strict=True)
+            ]
+        )
+        width = key.shape[-1]
+        pieces = with_chunk_prefixes(
+            shards, torch.cat([key, value], dim=-1), self.megalodon.chunk_size
+        )
+        attended = []
+        for segment, part, (before, held) in zip(
+            shards.own, shards.split(query), pieces, strict=True
+        ):
+            before = before.transpose(0, 1)
+            prefix = AttentionState(before[..., :width], before[..., width:])
+            attended.append(
+                self._attend(part, held[..., :width], held[..., width:], segment.start, prefix)[0]
+            )
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    def _rotate(self, x: Tensor, offset: int) -> Tensor:
+        rotated = apply_rotary(
+            x.transpose(0, 1), self.rotary_base, offset, self.megalodon.chunk_size
+        )
+        return rotated.transpose(0, 1)
 
     def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        offset: int,
         state: AttentionState | None,
-        return_state: bool,
+        return_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
-        chunk_size = self.megalodon.chunk_size
-        offset = 0 if state is None else state.key.shape[1]
-        outgoing = None
+        query = self._rotate(query, offset)
+        attended, state = chunked_attention(
+            *(part.transpose(0, 1) for part in (query, key, value)),
+            self.megalodon.chunk_size,
+            state=state,
+            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            return_state=return_state,
+        )
+        return attended.transpose(0, 1), state
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            nonlocal outgoing
-            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
-            query = apply_rotary(query, self.rotary_base, offset, chunk_size)
-            key = apply_rotary(key, self.rotary_base, offset, chunk_size)
-            attended, outgoing = chunked_attention(
-                query,
-                key,
-                value,
-                chunk_size,
-                state=state,
-                dropout_p=self.config.attention_dropout if self.training else 0.0,
-                return_state=return_state,
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> dict:
+        """Megatron's entries, with the shares that its default does not know."""
+        split = self.split
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        shares = {
+            "cema": TensorShare(0, split.rank, split.size, 0),
+            "query_key": TensorShare(1, split.head_share, split.head_shares, split.rank_in_head),
+        }
+        if split.shares_heads:
+            shares["linear_z"] = TensorShare(
+                0, split.head_share, split.head_shares, split.rank_in_head
             )
-            return attended.transpose(0, 1).flatten(-2)
-
-        if self.recompute_attention and self.training and not return_state:
-            return tensor_parallel.checkpoint(attend, False, query, key, value), None
-        return attend(query, key, value), outgoing
+        for name, share in shares.items():
+            sharded |= sharded_module(
+                getattr(self, name), f"{prefix}{name}.", share, sharded_offsets, metadata
+            )
+        key = f"{prefix}linear_proj.weight"
+        sharded[key] = column_parts_factory(
+            sharded[key], self.proj_columns, ["_h1", "_h2"], split.rank, split.size, sharded_offsets
+        )
+        return sharded

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon_mcore.kernels.timestep_norm import TimestepNormState, timestep_norm
+from megalodon_mcore.kernels.timestep_norm import (
+    TimestepNormState,
+    timestep_norm,
+    timestep_statistics,
+)
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
+from megalodon_mcore.parallel.sequence_layout import Segment
+from megalodon_mcore.parallel.sequence_shards import SequenceShards
 
 
 class TimestepNorm(Float32Module):
@@ -25,10 +31,38 @@ class TimestepNorm(Float32Module):
     def forward(
         self,
         hidden_states: Tensor,
+        shards: SequenceShards | None = None,
         state: TimestepNormState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, TimestepNormState | None]:
-        """Normalizes [length, batch, hidden_size]; the state is what the kernel documents."""
+        """Normalizes [length, batch, hidden_size].
+
+        Args:
+            hidden_states: the whole sequence, or this rank's share of it.
+            shards: how ranks share the sequence; None where this rank has all of it.
+            state: what came before a whole sequence, as the kernel documents it.
+            return_state: whether to return the state after it; only without `shards`.
+        """
+        if shards is None:
+            return self._normalize(hidden_states, state, return_state)
+        segments = shards.split(hidden_states)
+        statistics = [
+            torch.stack(timestep_statistics(segment.transpose(0, 1), self.num_groups))
+            for segment in segments
+        ]
+        means, variances = shards.gather(statistics).unbind(1)
+        normalized = [
+            self._normalize(segment, _merge(shards, place, means, variances))[0]
+            for place, segment in zip(shards.own, segments, strict=True)
+        ]
+        return torch.cat(normalized) if len(normalized) > 1 else normalized[0], None
+
+    def _normalize(
+        self,
+        hidden_states: Tensor,
+        state: TimestepNormState | None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, TimestepNormState | None]:
         normalized, state = timestep_norm(
             hidden_states.transpose(0, 1),
             self.weight,
@@ -39,6 +73,23 @@ class TimestepNorm(Float32Module):
             return_state=return_state,
         )
         return normalized.transpose(0, 1), state
+
+
+def _merge(
+    shards: SequenceShards, segment: Segment, means: Tensor, variances: Tensor
+) -> TimestepNormState:
+    """What TimestepNorm knows when it reaches a segment (Chan et al., for many sets at once).
+
+    means, variances: float64 [all segments, batch, groups], of each segment alone.
+    """
+    before = shards.number_before(segment)
+    means, variances = means[:before], variances[:before]
+    lengths = means.new_tensor([s.length for s in shards.all[:before]]).view(-1, 1, 1)
+    count = max(segment.start, 1)
+    mean = (lengths * means).sum(0) / count
+    var = (lengths * (variances + (means - mean).square())).sum(0) / count
+    steps = torch.full(mean.shape[:1], segment.start, dtype=torch.int64, device=mean.device)
+    return TimestepNormState(steps, mean, var)
 
 
 class RMSNorm(Float32Module):

@@ -18,17 +18,17 @@ class QueryKeyAffine(Float32Module):
     """
 
     def __init__(
-        self, z_dim: int, num_heads: int, eps: float, device: torch.device | None = None
+        self, num_heads: int, head_dim: int, eps: float, device: torch.device | None = None
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.head_dim = z_dim // num_heads
+        self.head_dim = head_dim
         self.eps = eps
-        self.weight = float32_parameter((2, z_dim), device)
-        self.bias = float32_parameter((2, z_dim), device)
+        self.weight = float32_parameter((2, num_heads * head_dim), device)
+        self.bias = float32_parameter((2, num_heads * head_dim), device)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """[length, batch, z_dim] to two [length, batch, heads, head width] in z's dtype."""
+        """[length, batch, heads * width] to two [length, batch, heads, width] in z's dtype."""
         heads = z.unflatten(-1, (self.num_heads, self.head_dim))
         normalized = F.rms_norm(heads.float(), (self.head_dim,), eps=self.eps)
         scale = (self.weight + 1.0) / math.sqrt(self.head_dim)

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from megalodon_mcore.kernels import cema as package
-from megalodon_mcore.kernels.cema import cema, coefficients, portable, powers
+from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, portable, powers
 from megalodon_mcore.kernels.cema.naive import cema_naive
 
 TOLERANCE = 3e-6
@@ -333,5 +333,45 @@ def test_bad_arguments_are_named(name, bad):
         cema(*inputs)
 
 
+@pytest.mark.parametrize("length", [1, 16, 63, 64, 65, 200])
+def test_response_is_what_zeros_after_a_state_give(length):
+    x, *parameters, omega, state = make_inputs(2, length, 5, 3)
+    leaves = [state, *parameters]
+    expected, _ = cema_naive(torch.zeros_like(x), *parameters, omega, state)
+    upstream = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, leaves, upstream)
+    singles = [
+        leaf.detach().to(torch.complex64 if leaf is state else torch.float32) for leaf in leaves
+    ]
+    for leaf in singles:
+        leaf.requires_grad_()
+    actual = cema_response(*singles, length)
+    assert actual.dtype == torch.float32
+    assert error(actual, expected) < TOLERANCE
+    gradients = torch.autograd.grad(actual, singles, upstream.float())
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        assert error(gradient, reference) < TOLERANCE
+
+
+def test_response_names_what_does_not_fit():
+    _, *parameters, _, state = make_inputs(2, 4, 5, 3)
+    with pytest.raises(ValueError, match="state is torch.complex128"):
+        cema_response(state[..., :2], *parameters, 4)
+    with pytest.raises(ValueError, match="length is 0"):
+        cema_response(state, *parameters, 0)
+
+
+@pytest.mark.parametrize("power", [64, 200])
+def test_powers_have_gradients_where_they_underflow(power):
+    """|q|^power runs through the denormal numbers down to zero."""
+    log_magnitude = (-torch.linspace(85, 110, 200, dtype=torch.float64) / power).view(-1, 1)
+    log_magnitude.requires_grad_()
+    turns = torch.full_like(log_magnitude, 0.3).requires_grad_()
+    q = powers(log_magnitude, turns, torch.tensor([power]))
+    gradients = torch.autograd.grad(torch.view_as_real(q).sum(), [log_magnitude, turns])
+    for gradient in gradients:
+        assert gradient.isfinite().all() and gradient.abs().max() < 1e-30
+
+
 def test_public_names():
-    assert set(package.__all__) == {"cema", "coefficients", "powers"}
+    assert set(package.__all__) == {"cema", "cema_response", "coefficients", "powers"}

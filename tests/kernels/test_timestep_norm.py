@@ -4,8 +4,10 @@ import pytest
 import torch
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
+    portable,
     timestep_norm,
     timestep_norm_naive,
+    timestep_statistics,
 )
 
 EPS = 1e-5
@@ -232,6 +234,37 @@ def test_no_uninitialised_memory_is_read():
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def naive_statistics(x, groups):
+    scalars = x.double().unflatten(-1, (groups, -1)).transpose(1, 2).flatten(2)
+    return scalars.mean(-1), scalars.var(-1, unbiased=False)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "groups"), [(1, 1, 4, 2), (2, 37, 6, 3), (3, 9, 8, 8)]
+)
+def test_statistics_of_all_steps(batch, length, channels, groups, offset, monkeypatch):
+    monkeypatch.setattr(
+        portable, "_blocks", lambda x: (slice(t, t + 2) for t in range(0, length, 2))
+    )
+    x = (torch.randn(length, batch, channels) + offset).transpose(0, 1).requires_grad_()
+    x_double = x.detach().double().requires_grad_()
+    expected = naive_statistics(x_double, groups)
+    actual = timestep_statistics(x, groups)
+    upstream = [torch.randn_like(value) for value in expected]
+    gradient = torch.autograd.grad(actual, x, upstream)[0]
+    expected_gradient = torch.autograd.grad(expected, x_double, upstream)[0]
+    assert error(actual[0], expected[0]) < 1e-12
+    assert error(actual[1], expected[1]) < FLOAT32
+    assert error(gradient, expected_gradient) < FLOAT32
+
+
+def test_statistics_name_what_does_not_fit():
+    for x, groups in ((torch.zeros(2, 3, 6), 4), (torch.zeros(2, 0, 6), 2), (torch.zeros(3, 6), 2)):
+        with pytest.raises(ValueError, match="num_groups"):
+            timestep_statistics(x, groups)
 
 
 @pytest.mark.parametrize(
