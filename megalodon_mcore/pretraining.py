@@ -324,7 +324,7 @@ def contiguous_share(
 ) -> dict[str, Tensor | None]:
     """The rank-th of `size` equal parts of [batch, length] tensors, and of queries in a mask."""
     return {
-        key: value.chunk(size, dim=2 if key == "attention_mask" else 1)[rank]
+        key: value.chunk(size, dim=2 if key == "attention_mask" else 1)[rank].contiguous()
         if isinstance(value, Tensor) and key in BATCH_KEYS
         else value
         for key, value in batch.items()

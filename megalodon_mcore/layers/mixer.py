@@ -296,6 +296,9 @@ class MegalodonMixer(MegatronModule):
             shares["linear_z"] = TensorShare(
                 0, split.head_share, split.head_shares, split.rank_in_head
             )
+            # The layer takes itself for the only one of its kind.
+            extra_state = sharded[f"{prefix}linear_z._extra_state"]
+            extra_state.replica_id = sharded[f"{prefix}linear_v._extra_state"].replica_id
         for name, share in shares.items():
             sharded |= sharded_module(
                 getattr(self, name), f"{prefix}{name}.", share, sharded_offsets, metadata

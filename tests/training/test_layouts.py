@@ -1,4 +1,7 @@
-"""Pipeline and data parallelism, accumulation and recompute give the single process's numbers."""
+"""`pretrain` on several processes, and with recompute, gives the single process's numbers.
+
+tests/distributed has more layouts, with gradients; here they go through the command.
+"""
 
 import pytest
 
@@ -17,7 +20,20 @@ LAYOUTS = {
         ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ),
     "four micro-batches": (1, ("--micro-batch-size", "1")),
+    "tensor 4, more than heads": (
+        4,
+        (
+            *("--tensor-model-parallel-size", "4", "--sequence-parallel"),
+            # As many padding rows in the vocabulary as a single process has.
+            *("--make-vocab-size-divisible-by", "32"),
+        ),
+    ),
 }
+EVERYTHING = (
+    *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+    *("--make-vocab-size-divisible-by", "64"),
+    *("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +54,21 @@ def test_layout_has_the_losses_of_one_process(start, tmp_path, name):
     checkpoint, single = start
     processes, options = LAYOUTS[name]
     run = train(tmp_path, *TINY, *from_checkpoint(checkpoint), *options, processes=processes)
+    assert_same(run, single)
+
+
+def assert_same(run, single):
     assert list(run.losses) == list(single.losses) == [2, 3, 4, 5, 6]
-    for iteration, loss in single.losses.items():
-        assert run.losses[iteration] == pytest.approx(loss, rel=1e-5)
+    assert run.losses == pytest.approx(single.losses, rel=1e-5)
+    assert run.gradient_norms == pytest.approx(single.gradient_norms, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_everything_at_once(start, tmp_path, order):
+    checkpoint, single = start
+    options = (*EVERYTHING, "--megalodon-sequence-order", order)
+    assert_same(train(tmp_path, *TINY, *from_checkpoint(checkpoint), *options, processes=8), single)
 
 
 @pytest.mark.slow

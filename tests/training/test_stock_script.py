@@ -45,6 +45,49 @@ def test_spec_trains_like_our_own_pretrain(tmp_path):
     assert theirs.losses == pytest.approx(ours.losses, rel=1e-6)
 
 
+LAYOUTS = {
+    "tensor": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "pipeline": (2, ("--pipeline-model-parallel-size", "2")),
+    "context": (2, ("--context-parallel-size", "2")),
+    "all three": (
+        8,
+        (
+            *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
+            *("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2"),
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A checkpoint of `pretrain`, and what it does from there in one process."""
+    folder = tmp_path_factory.mktemp("single")
+    checkpoint = folder / "checkpoint"
+    train(folder / "first", *TINY, *save_to(checkpoint), "--exit-interval", "1")
+    load = ("--load", str(checkpoint), "--no-load-optim", "--no-load-rng")
+    return load, train(folder / "run", *TINY, *load)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_train_like_one_process(single, tmp_path, name):
+    load, expected = single
+    processes, options = LAYOUTS[name]
+    padding = ("--make-vocab-size-divisible-by", "64") if "tensor" in "".join(options) else ()
+    run = train(
+        tmp_path,
+        *(*COMMON, *POSITIONS, *load, *options, *padding),
+        *("--spec", "megalodon_mcore.spec", "megalodon"),
+        program=script(CHECKOUT),
+        processes=processes,
+        MEGALODON_CONFIG="chunk_size=16",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+    )
+    assert list(run.losses) == [2, 3, 4, 5, 6]
+    assert run.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert run.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
+
+
 def test_named_size_and_environment(tmp_path):
     run = train(
         tmp_path,

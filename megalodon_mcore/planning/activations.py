@@ -1,0 +1,162 @@
+"""What a rank keeps of the forward pass for backward, term by term.
+
+Notation in the docstrings: T = L/cp * B tokens of a micro-batch inside a tensor-parallel group;
+S the same over tp under sequence parallelism, T without; a bytes of a hidden number (2 in bf16, 4
+in float32); z = Z/min(tp, H), h = max(1, H/tp), e = E/tp, f = F/tp what a rank holds of the widths.
+
+Only terms that grow with the length are here, and dropouts are zero. Weights, gradients and what a
+kernel uses while it runs (the portable ones work in bounded blocks) come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megalodon_mcore.accounting import BYTES_FLOAT32, ModelShape
+from megalodon_mcore.planning.layout import ParallelLayout, head_ranks
+
+BYTES_FLOAT64 = BYTES_INT64 = BYTES_COMPLEX64 = 8
+
+
+def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
+    """Bytes that one layer keeps of one micro-batch, by what they are.
+
+    With --recompute full only the layer's input:
+
+        residual stream           S D a
+
+    With none:
+
+        residual stream           S D a               TimestepNorm's input
+        TimestepNorm statistics   12 S G              a float64 and a float32 per group
+        normalized input          T D a               t, gathered: input of CEMA and of v
+        averages                  4 T D + 4 T         float32 input of the RMSNorm, and 1/rms
+        mixed                     T D a               m: input of z and r
+        z                         8 T z + 4 T h       float32, before and after its RMSNorm; 1/rms
+        rotary factors            8 (L/cp) Z/H        of queries and of keys, complex64
+        queries, keys, values     (2 z + e) T a       attention's inputs
+        values before SiLU        e T a
+        gate                      3 e T a             r before and after SiLU, and a
+        output projection input   (D/tp + e) T a      [m's channels, a * r]
+        FFN LayerNorm             4 S D + 8 S         float32 input; mean and 1/deviation
+        FFN input                 S D a
+        FFN hidden                4 f T a or 2 f T a  with SwiGLU: W1 and W3's outputs, SiLU, product
+        rescaled output           S D a               with rescale_nffn
+
+    With --recompute selective the attention keeps z, v and r before SiLU, (z + 2 e) T a, in place
+    of the six terms from z to gate, and the FFN its input in the residual stream, S D a, in place
+    of all of its own.
+    """
+    own, a = shape.megalodon, layout.activation_bytes
+    tokens, held = layout.tokens, layout.residual_tokens
+    d = shape.hidden_size
+    residual = held * d * a
+    if layout.recompute == "full":
+        return {"residual stream": residual}
+    terms = {
+        "residual stream": residual,
+        "TimestepNorm statistics": held * own.norm_num_groups * (BYTES_FLOAT64 + BYTES_FLOAT32),
+        "normalized input": tokens * d * a,
+        "averages": BYTES_FLOAT32 * tokens * (d + 1),
+        "mixed": tokens * d * a,
+    }
+    terms |= _attention(shape, layout)
+    terms["output projection input"] = tokens * (d + own.value_dim) // layout.tp * a
+    return terms | _feed_forward(shape, layout)
+
+
+def _attention(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
+    own, a, tokens = shape.megalodon, layout.activation_bytes, layout.tokens
+    z, e = own.z_dim * head_ranks(shape, layout) // layout.tp, own.value_dim // layout.tp
+    if layout.recompute == "selective":
+        return {"z, values and gate before attention": tokens * (z + 2 * e) * a}
+    heads = max(1, own.num_heads // layout.tp)
+    head_width = own.z_dim // own.num_heads
+    return {
+        "z": BYTES_FLOAT32 * tokens * (2 * z + heads),
+        "rotary factors": _indexed_positions(shape, layout) * head_width * BYTES_COMPLEX64,
+        "queries, keys, values": tokens * (2 * z + e) * a,
+        "values before SiLU": tokens * e * a,
+        "gate": 3 * tokens * e * a,
+    }
+
+
+def _indexed_positions(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Positions, on the rank with most, of segments that go on past the end of a chunk.
+
+    Their rotary factors are copied into a tensor; a segment inside one chunk has a view.
+    """
+    chunk = shape.megalodon.chunk_size
+    return max(
+        sum(s.length for s in held if s.start % chunk + s.length > chunk)
+        for held in layout.context_layout().segments
+    )
+
+
+def _feed_forward(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
+    a, tokens, held = layout.activation_bytes, layout.tokens, layout.residual_tokens
+    d, f = shape.hidden_size, shape.ffn_hidden_size // layout.tp
+    if layout.recompute == "selective":
+        return {"FFN's input in the residual stream": held * d * a}
+    terms = {
+        "FFN LayerNorm": BYTES_FLOAT32 * held * (d + 2),
+        "FFN input": held * d * a,
+        "FFN hidden": (4 if shape.swiglu else 2) * tokens * f * a,
+    }
+    if shape.megalodon.rescale_nffn:
+        terms["rescaled output"] = held * d * a
+    return terms
+
+
+def edge_activations(shape: ModelShape, layout: ParallelLayout, stage: int) -> dict[str, int]:
+    """Bytes that a stage keeps of one micro-batch outside its layers.
+
+    embedding                 8 T           token numbers; 9 T with tp > 1
+    final TimestepNorm        S D a + 12 S G
+    output projection input   S D a
+    loss                      4 T V/tp + 9 T     float32 softmax; targets and their mask
+    """
+    a, tokens, held = layout.activation_bytes, layout.tokens, layout.residual_tokens
+    d, groups = shape.hidden_size, shape.megalodon.norm_num_groups
+    terms = {}
+    if stage == 0:
+        terms["embedding"] = tokens * (BYTES_INT64 + (layout.tp > 1))
+    if stage == layout.pp - 1:
+        statistics = held * groups * (BYTES_FLOAT64 + BYTES_FLOAT32)
+        terms["final TimestepNorm"] = held * d * a + statistics
+        terms["output projection input"] = held * d * a
+        vocabulary = shape.vocab_size // layout.tp
+        terms["loss"] = tokens * (BYTES_FLOAT32 * vocabulary + BYTES_INT64 + 1)
+    return terms
+
+
+def stage_activations(shape: ModelShape, layout: ParallelLayout, stage: int) -> dict[str, int]:
+    """Bytes of all that a stage keeps at its fullest, all micro-batches in flight counted.
+
+    Under 1F1B stage s (from 0) keeps pp - s micro-batches. With --recompute full or selective one
+    layer at a time also has what it keeps while its forward pass is run again.
+    """
+    in_flight = layout.micro_batches_in_flight(stage)
+    layers = layout.stage_layers(shape, stage)
+    terms = {
+        "layers": in_flight * layers * sum(layer_activations(shape, layout).values()),
+        "embedding, final norm and loss": in_flight
+        * sum(edge_activations(shape, layout, stage).values()),
+        "the layer being recomputed": recomputed_bytes(shape, layout),
+    }
+    return {name: value for name, value in terms.items() if value}
+
+
+def recomputed_bytes(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Bytes that the part that is run again keeps until its backward pass is done.
+
+    For selective, the larger of the attention and the FFN: one is done before the other starts.
+    """
+    if layout.recompute == "none":
+        return 0
+    plain = replace(layout, recompute="none")
+    if layout.recompute == "full":
+        return sum(layer_activations(shape, plain).values()) - sum(
+            layer_activations(shape, layout).values()
+        )
+    return max(sum(_attention(shape, plain).values()), sum(_feed_forward(shape, plain).values()))
