@@ -1,9 +1,11 @@
 """Rotary position embedding with positions that restart at every chunk."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def apply_rotary(x: Tensor, base: float, offset: int, chunk_size: int) -> Tensor:
@@ -44,10 +46,29 @@ def apply_rotary(x: Tensor, base: float, offset: int, chunk_size: int) -> Tensor
         turns = turns[first : first + length]
     else:
         turns = turns[torch.arange(first, first + length, device=x.device) % chunk_size]
-    # The copy gives view_as_complex the strides it needs, whatever x's are.
-    wide = x.to(dtype.to_real()).contiguous().unflatten(-1, (d // 2, 2))
-    turned = torch.view_as_complex(wide) * turns[:, None]
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return _Rotation.apply(x, turns)
+
+
+class _Rotation(torch.autograd.Function):
+    """The backward pass turns the gradient the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(turns)
+        return _turn(x, turns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (turns,) = ctx.saved_tensors
+        return _turn(grad, turns.conj()), None
+
+
+def _turn(x: Tensor, turns: Tensor) -> Tensor:
+    # A copy, whose strides and offset view_as_complex takes whatever x's are.
+    wide = torch.empty(x.shape, dtype=turns.real.dtype, device=x.device).copy_(x)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns[:, None])
+    return wide.to(x.dtype)
 
 
 @lru_cache(maxsize=16)

@@ -22,6 +22,7 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
 - init_process_group, new_group, barrier: gloo for nccl, and no device ids.
 - multiprocessing's spawned children, one of which writes checkpoints: they install it too.
 - TORCHDYNAMO_DISABLE: 1, because Megatron's jit_fuser compiles.
+- CUDA_DEVICE_MAX_CONNECTIONS: 1, which Megatron demands for the sake of overlap on a GPU.
 - Megatron's warning that the CPU's RNG state changed: silence, for the two states are one here.
 
 CUDA graphs, memory pools, raw stream and library handles, profilers and device sensors are refused.
@@ -399,12 +400,13 @@ class _StandIn:
         self._undo.enter_context(_CudaMeansCpu())
 
     def _set_process_state(self) -> None:
-        before = os.environ.get("TORCHDYNAMO_DISABLE")
-        if before is None:
-            self._undo.callback(os.environ.pop, "TORCHDYNAMO_DISABLE", None)
-        else:
-            self._undo.callback(os.environ.update, TORCHDYNAMO_DISABLE=before)
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        for name in ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
+            before = os.environ.get(name)
+            if before is None:
+                self._undo.callback(os.environ.pop, name, None)
+            else:
+                self._undo.callback(os.environ.__setitem__, name, before)
+            os.environ[name] = "1"
 
         def about_something_else(record: logging.LogRecord) -> bool:
             return "CPU RNG state changed" not in record.getMessage()

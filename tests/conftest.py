@@ -1,4 +1,4 @@
-"""Shared fixtures: Megatron's process groups in this process, on the CPU."""
+"""Shared fixtures: Megatron's process groups in this process, and workers, all on the CPU."""
 
 import os
 import sys
@@ -31,3 +31,13 @@ def megatron():
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
     stand_in.undo()
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Up to eight processes for tests of several ranks, started by the first such test."""
+    from distributed.pool import Pool
+
+    pool = Pool()
+    yield pool
+    pool.stop()

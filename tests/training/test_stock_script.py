@@ -81,7 +81,6 @@ def test_layouts_train_like_one_process(single, tmp_path, name):
         program=script(CHECKOUT),
         processes=processes,
         MEGALODON_CONFIG="chunk_size=16",
-        CUDA_DEVICE_MAX_CONNECTIONS="1",
     )
     assert list(run.losses) == [2, 3, 4, 5, 6]
     assert run.losses == pytest.approx(expected.losses, rel=1e-5)
