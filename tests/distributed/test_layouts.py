@@ -98,14 +98,14 @@ def parameters(common: dict[str, Case], rare: dict[str, Case]) -> list:
 CASES = parameters(COMMON, RARE)
 LAYOUTS_OF_EACH_KIND = {
     "TP 2": Layout(tp=2),
-    "TP 2, SP": Layout(tp=2, sequence_parallel=True),
     "CP 2": Layout(cp=2),
     "PP 2": Layout(pp=2),
+    "TP 2, SP, CP 2": Layout(tp=2, sequence_parallel=True, cp=2),
     "TP 2, SP, PP 2, CP 2": EIGHT,
 }
 BF16, DROPOUT = (
     parameters(
-        {"TP 2, SP, CP 2": Case(model, Layout(tp=2, sequence_parallel=True, cp=2))},
+        {"TP 2, SP": Case(model, Layout(tp=2, sequence_parallel=True))},
         {name: Case(model, layout) for name, layout in LAYOUTS_OF_EACH_KIND.items()},
     )
     for model in (Model(bf16=True), Model(dropout=0.1))
