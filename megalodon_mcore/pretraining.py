@@ -109,7 +109,12 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
                 setattr(args, name, getattr(loaded[1], name, None))
     if args.spec is not None and len(args.spec) == 1:
         args.spec = [args.spec[0], "spec"]
-    validate_args(args)
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        if not error.args:
+            raise
+        raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     set_global_variables(args)
     return args
 
@@ -117,12 +122,13 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
 def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
     """Megatron's GPTModelConfig, also where tensor-parallel ranks share a head.
 
-    Its constructor refuses that, while none of the layers built here goes by its number of heads.
+    Its constructor refuses that, while none of the layers built here goes by its number of heads;
+    what does not fit Megalodon is found by `check_model`.
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
     heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
-    if heads % tp == 0 or tp % heads:
+    if heads % tp == 0:
         return gpt_config_from_args(args)
     args.num_attention_heads = tp
     try:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megalodon_mcore.accounting import ModelShape
 from megalodon_mcore.config import ResolvedMegalodonConfig
-from megalodon_mcore.parallel.sequence_layout import (
-    context_parallel_layout,
-    sequence_parallel_layout,
-)
+from megalodon_mcore.planning.layout import ParallelLayout
+from megalodon_mcore.planning.layout import check_layout as check_cuts
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 
@@ -74,29 +73,31 @@ def check_layout(
         ValueError: the first size that does not fit; one sentence names it and what would work.
     """
     tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
-    heads = megalodon.num_heads
-    if heads % tp and tp % heads:
-        raise ValueError(
-            f"--tensor-model-parallel-size is {tp}, with {heads} heads; take a divisor or a "
-            "multiple of the heads."
-        )
-    for value, name in (
-        (config.hidden_size, "--hidden-size"),
-        (megalodon.value_dim, "value_dim"),
-        (config.ffn_hidden_size, "--ffn-hidden-size"),
-    ):
-        if value % tp:
-            raise ValueError(
-                f"--tensor-model-parallel-size is {tp}, which does not divide {name} {value}; "
-                "take a size that does."
-            )
-    if seq_length is None:
-        return
-    if seq_length % cp:
-        raise ValueError(
-            f"--seq-length is {seq_length}, which --context-parallel-size {cp} does not divide; "
-            f"take a multiple of {cp}."
-        )
-    layout = context_parallel_layout(sequence_order, cp, seq_length // cp)
-    if config.sequence_parallel:
-        sequence_parallel_layout(layout, tp)
+    shape = ModelShape(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        ffn_hidden_size=config.ffn_hidden_size,
+        swiglu=config.gated_linear_unit,
+        tied_embeddings=False,
+        # Megatron pads the vocabulary to a multiple.
+        vocab_size=tp,
+        megalodon=megalodon,
+    )
+    uneven = (
+        config.num_layers_in_first_pipeline_stage,
+        config.num_layers_in_last_pipeline_stage,
+        config.account_for_embedding_in_pipeline_split,
+        config.account_for_loss_in_pipeline_split,
+        config.pipeline_model_parallel_layout,
+    )
+    layout = ParallelLayout(
+        seq_length=2 * cp * tp if seq_length is None else seq_length,
+        tp=tp,
+        # Stages that differ are Megatron's to check.
+        pp=1 if any(uneven) else config.pipeline_model_parallel_size,
+        cp=cp,
+        sequence_parallel=config.sequence_parallel,
+        order=sequence_order,
+    )
+    check_cuts(shape, layout)

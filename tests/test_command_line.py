@@ -44,7 +44,10 @@ def test_describe_takes_overrides(capsys):
     ("arguments", "sentence"),
     [
         (["describe", "--preset", "200m", "--set", "z_dim=many"], "z_dim takes an integer"),
-        (["describe", "--preset", "1.3b", "--set", "z_dim=7"], "--num-attention-heads 2"),
+        (
+            ["describe", "--preset", "1.3b", "--set", "z_dim=7"],
+            "the 2 heads (--num-attention-heads)",
+        ),
         (["generate", "--checkpoint", "nowhere", "--prompt", "x"], "no finished checkpoint"),
         (["generate", "--checkpoint", "nowhere", "--top-p", "2"], "--top-p is 2.0"),
         (["generate", "--checkpoint", "nowhere", "--tokens", "0"], "--tokens is 0"),

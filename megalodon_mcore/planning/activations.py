@@ -37,15 +37,23 @@ def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, in
         queries, keys, values     (2 z + e) T a       attention's inputs
         values before SiLU        e T a
         gate                      3 e T a             r before and after SiLU, and a
+        straddling chunks         (2 z + e) T a + (z + e) B p a, at most
         output projection input   (D/tp + e) T a      [m's channels, a * r]
         FFN LayerNorm             4 S D + 8 S         float32 input; mean and 1/deviation
         FFN input                 S D a
-        FFN hidden                4 f T a or 2 f T a  with SwiGLU: W1 and W3's outputs, SiLU, product
+        FFN hidden                4 f T a or 2 f T a  the larger one with SwiGLU
         rescaled output           S D a               with rescale_nffn
 
+    The straddling chunks' term is there where some segment does not start at a chunk: p positions
+    come before the segments of a rank in their chunks, and pieces of chunks are kept as copies
+    beside the whole. The others are exact.
+
+    FFN hidden is what W1 and W3 give, SiLU of the one and its product with the other; without
+    SwiGLU what W1 gives and its SiLU.
+
     With --recompute selective the attention keeps z, v and r before SiLU, (z + 2 e) T a, in place
-    of the six terms from z to gate, and the FFN its input in the residual stream, S D a, in place
-    of all of its own.
+    of the terms from z to straddling chunks, and the FFN its input in the residual stream, S D a,
+    in place of all of its own.
     """
     own, a = shape.megalodon, layout.activation_bytes
     tokens, held = layout.tokens, layout.residual_tokens
@@ -72,13 +80,25 @@ def _attention(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
         return {"z, values and gate before attention": tokens * (z + 2 * e) * a}
     heads = max(1, own.num_heads // layout.tp)
     head_width = own.z_dim // own.num_heads
-    return {
+    terms = {
         "z": BYTES_FLOAT32 * tokens * (2 * z + heads),
         "rotary factors": _indexed_positions(shape, layout) * head_width * BYTES_COMPLEX64,
         "queries, keys, values": tokens * (2 * z + e) * a,
         "values before SiLU": tokens * e * a,
         "gate": 3 * tokens * e * a,
     }
+    before = _positions_before(shape, layout)
+    if before:
+        prefix = before * layout.micro_batch_size
+        terms["straddling chunks"] = (tokens * (2 * z + e) + prefix * (z + e)) * a
+    return terms
+
+
+def _positions_before(shape: ModelShape, layout: ParallelLayout) -> int:
+    """Positions of their chunks before the segments of the rank that has most of them."""
+    segments = layout.context_layout().segments
+    chunk = shape.megalodon.chunk_size
+    return max(sum(segment.start % chunk for segment in held) for held in segments)
 
 
 def _indexed_positions(shape: ModelShape, layout: ParallelLayout) -> int:

@@ -46,13 +46,16 @@ def test_unknown_recompute_module_is_refused():
 LAYOUTS = {
     "heads": (
         dict(heads=6, z_dim=24, value_dim=96, tp=4),
-        "--tensor-model-parallel-size is 4, with 6 heads",
+        "--tensor-model-parallel-size is 4 and there are 6 heads",
     ),
     "hidden size": (dict(hidden_size=30, z_dim=16, groups=2, tp=4), "--hidden-size 30"),
     "value width": (dict(value_dim=30, heads=1, tp=4), "value_dim 30"),
     "FFN width": (dict(ffn=50, tp=4), "--ffn-hidden-size 50"),
-    "length": (dict(length=100, cp=3), "--seq-length is 100, which --context-parallel-size 3"),
-    "zigzag": (dict(length=99, cp=3, order="zigzag"), "2 * --context-parallel-size = 6"),
+    "length": (
+        dict(length=100, cp=3),
+        "--seq-length is 100, which contiguous order with --context-parallel-size 3",
+    ),
+    "zigzag": (dict(length=99, cp=3, order="zigzag"), "cuts into 6 equal parts"),
     "sequence parallel": (
         dict(length=100, cp=2, tp=4, sequence_parallel=True),
         "50 positions, which --tensor-model-parallel-size 4 does not divide",
@@ -89,8 +92,34 @@ def test_layout_that_cannot_work_is_refused_by_name(name):
         check(**options)
 
 
-def test_pretrain_exits_with_the_sentence_and_no_traceback():
-    result = launch("-m", "megalodon_mcore", "pretrain", *TINY, "--megalodon-z-dim", "7")
+WRONG = {
+    "z_dim": (1, ("--megalodon-z-dim", "7"), "z_dim is 7, which the 2 heads"),
+    "heads": (3, ("--tensor-model-parallel-size", "3"), "is 3 and there are 2 heads"),
+    "layers": (
+        3,
+        ("--pipeline-model-parallel-size", "3"),
+        "Number of layers should be divisible by the pipeline-model-parallel size",
+    ),
+    "length": (
+        2,
+        ("--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "31"),
+        "31 positions, which --tensor-model-parallel-size 2 does not divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_pretrain_exits_with_the_sentence_and_no_traceback(name):
+    ranks, options, sentence = WRONG[name]
+    # One rank of several: nothing is exchanged before the sentence.
+    world = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": f"{ranks}",
+        "LOCAL_WORLD_SIZE": f"{ranks}",
+    }
+    program = ("-m", "megalodon_mcore", "pretrain", *TINY, *options)
+    result = launch(*program, MASTER_ADDR="127.0.0.1", MASTER_PORT="1", **world)
     assert result.returncode == 1
-    assert "z_dim is 7, which the 2 heads" in result.stdout
+    assert sentence in result.stdout
     assert "Traceback" not in result.stdout
