@@ -22,7 +22,7 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
 - init_process_group, new_group, barrier: gloo for nccl, and no device ids.
 - multiprocessing's spawned children, one of which writes checkpoints: they install it too.
 - TORCHDYNAMO_DISABLE: 1, because Megatron's jit_fuser compiles.
-- CUDA_DEVICE_MAX_CONNECTIONS: 1, which Megatron demands for the sake of overlap on a GPU.
+- CUDA_DEVICE_MAX_CONNECTIONS: 1 unless it is set, which Megatron demands for overlap on a GPU.
 - Megatron's warning that the CPU's RNG state changed: silence, for the two states are one here.
 
 CUDA graphs, memory pools, raw stream and library handles, profilers and device sensors are refused.
@@ -400,13 +400,16 @@ class _StandIn:
         self._undo.enter_context(_CudaMeansCpu())
 
     def _set_process_state(self) -> None:
-        for name in ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        wanted = {"TORCHDYNAMO_DISABLE": "1"}
+        if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+            wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        for name, value in wanted.items():
             before = os.environ.get(name)
             if before is None:
                 self._undo.callback(os.environ.pop, name, None)
             else:
                 self._undo.callback(os.environ.__setitem__, name, before)
-            os.environ[name] = "1"
+            os.environ[name] = value
 
         def about_something_else(record: logging.LogRecord) -> bool:
             return "CPU RNG state changed" not in record.getMessage()

@@ -104,12 +104,11 @@ class MegalodonConfig(PreTrainedConfig):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value}; it takes a positive integer.")
         heads = self.num_attention_heads
-        for name, factor in (("z_dim", 2 * heads), ("value_dim", heads)):
+        for name, factor, why in (("z_dim", 2 * heads, " pairs of"), ("value_dim", heads, "")):
             if getattr(self, name) % factor:
-                reason = " of pairs that RoPE rotates" if name == "z_dim" else ""
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, which {heads} heads{reason} do not divide; "
-                    f"it takes a multiple of {factor}."
+                    f"{name} is {getattr(self, name)}; it takes a multiple of {factor}, because "
+                    f"{heads} heads share its{why} columns."
                 )
         if self.hidden_size % self.norm_num_groups:
             raise ValueError(

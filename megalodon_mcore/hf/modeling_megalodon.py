@@ -124,7 +124,9 @@ class Span(NamedTuple):
     cos: Tensor  # [batch or 1, length, 1, Z/H/2], the rotations' angles
     sin: Tensor
     mask: Tensor | None  # bool [batch or 1, 1, length, cached + length]; None: no keys are cached
-    kept: Tensor | None  # int64 [batch, new cached]: which keys to keep; None: return no state
+    # Which of the cached and new keys to keep, int64 [batch, kept], or one slice for all rows; None
+    # where no state is to be returned.
+    kept: Tensor | slice | None
 
 
 def make_span(
@@ -139,6 +141,10 @@ def make_span(
     total = fill + lengths
     start = total - total % chunk_size
     kept_width = int((total - start).max())
+    kept = None
+    if return_state and (total == total[0]).all() and len(fill) == 1:
+        first = cached + int(start[0] - fill[0]) if start[0] else 0
+        kept = slice(first, first + kept_width)
     fill, start, seen, lengths = (z.to(like.device) for z in (fill, start, seen, lengths))
 
     # Positions count from the start of the chunk a row is in.
@@ -148,18 +154,27 @@ def make_span(
     angle = ((position % chunk_size)[..., None] * frequency)[:, :, None]
     cos, sin = (z.to(at_least_float32(like).dtype) for z in (angle.cos(), angle.sin()))
 
-    mask = kept = None
+    mask = None
     if cached:
         slots = torch.arange(cached, device=like.device).expand(len(fill), -1)
         empty = torch.iinfo(torch.int64).max
         key_position = torch.cat([slots.where(slots < fill[:, None], empty), position], dim=1)
         key, query = key_position[:, None, None, :], position[:, None, :, None]
         mask = (key <= query) & (key // chunk_size == query // chunk_size)
-    if return_state:
+    if return_state and kept is None:
         index = start[:, None] + torch.arange(kept_width, device=like.device)
         kept = index.where(index < fill[:, None], cached + index - fill[:, None])
         kept = kept.clamp(max=cached + length - 1)
     return Span(seen, lengths, cos, sin, mask, kept)
+
+
+def keep(z: Tensor, kept: Tensor | slice) -> Tensor:
+    """The cached and new keys or values [batch, steps, ...] that a span keeps."""
+    if isinstance(kept, slice):
+        part = z[:, kept]
+        # A smaller part is copied: a view of it would hold the memory of the whole.
+        return part if part.shape == z.shape else part.clone()
+    return z[torch.arange(len(z), device=z.device)[:, None], kept]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -340,15 +355,13 @@ class ComplexEMA(Float32Module):
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """p, log|q| and q's phase in turns, float64 [D, N]: powers are taken of q."""
-        alpha, delta = self.alpha.double()[..., 0], self.delta.double()[..., 0]
-        # 1 - ab = (1 - a) + a (1 - b), which keeps its digits where |q| is tiny.
-        log_magnitude = torch.logaddexp(
-            F.logsigmoid(-alpha), F.logsigmoid(alpha) + F.logsigmoid(-delta)
-        )
-        ndim = alpha.shape[1]
-        n = torch.arange(1, ndim + 1, device=alpha.device)
+        p, delta = torch.sigmoid(self.alpha.double())[..., 0], self.delta.double()[..., 0]
+        # The bound keeps |q| from being zero, of which there is no logarithm.
+        log_magnitude = torch.log1p(-(p * torch.sigmoid(delta)).clamp_max(1 - 2**-53))
+        ndim = p.shape[1]
+        n = torch.arange(1, ndim + 1, device=p.device)
         turns = torch.sigmoid(self.theta.double())[..., 0] * n / ndim
-        return torch.sigmoid(alpha), log_magnitude, turns
+        return p, log_magnitude, turns
 
     def _readout(self) -> Tensor:
         return torch.view_as_complex(self.gamma.contiguous()) / math.sqrt(self.gamma.shape[1])
@@ -514,8 +527,7 @@ class MegalodonDecoderLayer(GradientCheckpointingLayer):
 
         if span.kept is None:
             return output, None
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return output, LayerState(*norm_state, cema_state, k[rows, span.kept], v[rows, span.kept])
+        return output, LayerState(*norm_state, cema_state, keep(k, span.kept), keep(v, span.kept))
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
@@ -591,7 +603,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 at the padding.
             past_key_values: the cache that an earlier call returned.
             use_cache: whether to return one; config.use_cache, and False in training, if left out.
-            output_hidden_states: return the embedding and each block's output too.
+            output_hidden_states: return the embedding and each block's output too, the last one
+                after the final norm; the input is then not cut into pieces.
             positions_to_keep: return the hidden states of the last so many columns (0: of all), or
                 of the columns with these numbers.
             **ignored: position_ids and the like, which follow from the rest.
@@ -612,7 +625,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self._check_cache(cache, batch)
 
         # Real steps go to the front of their rows; `step` says where each column's went.
-        lengths = torch.full((batch,), length)
+        lengths = torch.full((batch,), length, device="cpu")
         step = torch.arange(length, device=inputs.device).expand(batch, -1)
         real = self._real_steps(attention_mask, length)
         if real is not None:
@@ -708,6 +721,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
 def put_back(x: Tensor, step: Tensor, output: Tensor | None = None) -> Tensor:
     """x[b, step[b, c]] for every column c whose step is in x; the rest is output's, or zero."""
+    step = step.to(x.device)
     here = (step >= 0) & (step < x.shape[1])
     found = x.take_along_dim(step.clamp(0, x.shape[1] - 1)[..., None], dim=1)
     return torch.where(here[..., None], found, 0 if output is None else output)

@@ -1,0 +1,134 @@
+"""The Hugging Face model against the straight-line float64 implementation of the equations."""
+
+import pytest
+import torch
+from hf_models import LAYERS, SHAPES, build, relative, straight_line_parameters
+from megalodon_mcore.kernels.cema.naive import cema_naive
+from megalodon_mcore.kernels.timestep_norm import timestep_norm_naive
+
+import straight_line
+from megalodon_mcore.hf import modeling_megalodon as modeling
+
+
+def whole_span(model, like, **options):
+    """The span of sequences that start here."""
+    batch, length = like.shape[:2]
+    seen, lengths = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
+    return modeling.make_span(model.config, seen, lengths, like, **options)
+
+
+def by_equations(model, tokens, upstream, dtype):
+    """Logits and every parameter's gradient, from the equations in `dtype`."""
+    config = model.config
+    parameters = {
+        name: parameter.detach().to(dtype, copy=True).requires_grad_()
+        for name, parameter in model.named_parameters()
+    }
+    logits = straight_line.model(
+        tokens,
+        straight_line_parameters(parameters),
+        config,
+        LAYERS,
+        config.num_attention_heads,
+        config.swiglu,
+        config.norm_eps,
+        config.rope_theta,
+    )
+    logits.backward(upstream.to(dtype))
+    return {"logits": logits.detach()} | {n: p.grad for n, p in parameters.items()}
+
+
+def by_model(model, tokens, upstream):
+    model.zero_grad()
+    logits = model(tokens, use_cache=False).logits
+    logits.backward(upstream.to(logits.dtype))
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 75)])
+def test_logits_and_every_gradient_follow_the_equations(name, batch, length):
+    model = build(name)
+    tokens = torch.randint(64, (batch, length))
+    upstream = torch.randn(batch, length, 64)
+    expected = by_equations(model, tokens, upstream, torch.float64)
+    in_float32 = by_equations(model, tokens, upstream, torch.float32)
+
+    actual = by_model(model, tokens, upstream)
+    assert actual.keys() == expected.keys()
+    assert relative(actual["logits"], expected["logits"]) < 1e-5
+    # What float32 loses on the same equations is what the arithmetic earns: more than 1e-5 only in
+    # the configuration whose TimestepNorm has groups of one channel, and divides by sqrt(eps).
+    earned = max(relative(in_float32[part], expected[part]) for part in expected)
+    for part, value in actual.items():
+        assert relative(value, expected[part]) < max(1e-5, 3 * earned), part
+
+    for part, value in by_model(model.double(), tokens, upstream).items():
+        assert relative(value, expected[part]) < 1e-11, part
+
+
+@pytest.mark.parametrize("data", ["large mean", "outlier first", "drift"])
+def test_timestep_norm_keeps_its_digits(data):
+    model = build(hidden_size=8, norm_num_groups=2)
+    norm, length = model.model.norm, 3000
+    x = torch.randn(2, length, 8)
+    if data == "large mean":
+        x = x + 1e4
+    elif data == "outlier first":
+        x[:, 0] *= 1e3
+    else:
+        x = x + torch.arange(length)[:, None] * 0.1
+    x.requires_grad_()
+    y, (mean, var) = norm(x, whole_span(model, x, return_state=True), None)
+    wide = x.detach().double().requires_grad_()
+    expected, state = timestep_norm_naive(
+        wide, norm.weight, norm.bias, 2, model.config.norm_eps, return_state=True
+    )
+    assert relative(y, expected) < 3e-6
+    assert ((mean - state.mean).abs() / state.var.sqrt()).max().item() < 3e-6
+    assert relative(var, state.var) < 3e-6
+    upstream = torch.randn_like(x)
+    (actual,) = torch.autograd.grad(y, x, upstream)
+    (gradient,) = torch.autograd.grad(expected, wide, upstream.double())
+    assert relative(actual, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("length", [3, 64, 65, 300])
+def test_cema_at_extreme_decays_and_phases(length):
+    """|q| from 1 - 1e-13 through 0.5 to 1e-26, at slow and fast phases, with a state."""
+    extremes = [(-30.0, 0.0), (-12.0, 3.0), (-7.0, -7.0), (0.0, 0.0), (8.0, 8.0), (60.0, 60.0)]
+    grid = torch.tensor([(*e, phase) for e in extremes for phase in (-18.0, -3.0, 0.0, 20.0)])
+    model = build(hidden_size=len(grid), norm_num_groups=2, num_attention_heads=1)
+    cema = model.model.layers[0].cema
+    with torch.no_grad():
+        for parameter, column in zip((cema.alpha, cema.delta, cema.theta), grid.T, strict=True):
+            parameter.copy_(column[:, None, None].expand_as(parameter))
+    parameters = (cema.alpha, cema.delta, cema.theta, cema.gamma, cema.omega)
+    x = torch.randn(2, length, len(grid), requires_grad=True)
+    state = torch.randn(2, len(grid), model.config.cema_ndim, dtype=torch.complex64)
+    y, after = cema(x, whole_span(model, x, return_state=True), state)
+    leaves = (x, *parameters)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y_expected, after_expected = cema_naive(*wide, state)
+    assert relative(y, y_expected) < 3e-6
+    scale = after_expected.abs().max()
+    assert ((after - after_expected).abs().max() / scale).item() < 3e-6
+    upstream = torch.randn_like(x)
+    actual = torch.autograd.grad((y * upstream).sum() + after.real.sum(), leaves)
+    total = (y_expected * upstream).sum() + after_expected.real.sum()
+    for value, expected in zip(actual, torch.autograd.grad(total, wide), strict=True):
+        assert relative(value, expected) < 1e-5
+
+
+def test_cema_makes_nothing_of_size_channels_times_ndim_times_length():
+    model = build(hidden_size=32, cema_ndim=16)
+    x = torch.randn(1, 4096, 32, requires_grad=True)
+    sizes = []
+
+    def record(tensor):
+        sizes.append(tensor.numel() * (2 if tensor.is_complex() else 1))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        model.model.layers[0].cema(x, whole_span(model, x, return_state=False), None)
+    assert max(sizes) <= x.numel()
