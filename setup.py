@@ -33,6 +33,9 @@ setup(
             "megalodon-jax==0.2.2",
             "jax==0.10.2",
             "jaxlib==0.10.2",
+            # Megatron-FSDP's; transformers' Trainer and device_map.
+            "einops==0.8.2",
+            "accelerate==1.15.0",
         ],
     },
     entry_points={"console_scripts": ["megalodon-mcore = megalodon_mcore.__main__:main"]},

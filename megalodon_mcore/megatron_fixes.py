@@ -1,7 +1,8 @@
 """Corrections of Megatron-Core 0.19 that Megalodon needs and no spec or option can make.
 
 All are about optimizer checkpoints. Megatron's own models never mix bf16 and float32
-parameters, and its developers always have apex or Transformer Engine.
+parameters, and its developers always have apex or Transformer Engine. The last one concerns any
+model, where it would lose data.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def apply() -> None:
     _load_into_float32_parameters()
     _keep_adam_step()
     _include_float32_parameters()
+    _leave_padding_out_of_saved_offsets()
 
 
 def _order_float32_parameters_first() -> None:
@@ -139,3 +141,35 @@ def _include_float32_parameters() -> None:
     for name in ("sharded_state_dict", "load_state_dict"):
         method = getattr(Float16OptimizerWithFloat16Params, name)
         setattr(Float16OptimizerWithFloat16Params, name, showing_every_parameter(method))
+
+
+def _leave_padding_out_of_saved_offsets() -> None:
+    """Keeps the distributed optimizer from saving its fully reshardable state shifted.
+
+    It gathers each buffer without the padding at its buckets' ends, but then cuts the parameters
+    out by offsets that count the padding. That shifts all after the first bucket, and Megatron
+    only warns. Several buckets come with overlapped reduction, and with tied embeddings over a
+    pipeline.
+    """
+    name = "sharded_param_state_fully_reshardable"
+    save = getattr(DistributedOptimizer, name)
+
+    @functools.wraps(save)
+    def save_by_unpadded_offsets(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            paddings, unpadded = [], 0
+            for bucket in buffer.buckets:
+                paddings.append(bucket.offset - unpadded)
+                unpadded += bucket.numel_unpadded
+            buffer.param_index_map = {
+                param: (start - paddings[bucket], stop - paddings[bucket], bucket)
+                for param, (start, stop, bucket) in buffer.param_index_map.items()
+            }
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            for buffer, offsets in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = offsets
+
+    setattr(DistributedOptimizer, name, save_by_unpadded_offsets)

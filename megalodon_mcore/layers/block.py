@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     BaseTransformerLayer,
+    TransformerLayer,
     get_transformer_layer_offset,
 )
 from megatron.core.utils import get_pg_rank
@@ -133,6 +134,10 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         else:
             output = self.feed_forward(middle)
         return hidden_states + output, state
+
+
+# Megatron-FSDP and its checkpoints know by this class what to shard as one unit.
+TransformerLayer.register(MegalodonLayer)
 
 
 class FinalTimestepNorm(TimestepNorm):

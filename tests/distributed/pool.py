@@ -6,6 +6,7 @@ They are forked from a server that has torch and Megatron loaded and the CPU sta
 Each task gets a process group of its own; one that fails or hangs costs the workers their lives.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -46,10 +47,10 @@ class Pool:
         self._start(world_size)
         self._tasks += 1
         ranks = self._workers[:world_size]
-        for rank, worker in enumerate(ranks):
-            world = (self._store.port, f"task {self._tasks}", rank, world_size, self.timeout)
-            worker.connection.send_bytes(pickle.dumps((world, function, args, kwargs)))
         try:
+            for rank, worker in enumerate(ranks):
+                world = (self._store.port, f"task {self._tasks}", rank, world_size, self.timeout)
+                worker.connection.send_bytes(pickle.dumps((world, function, args, kwargs)))
             return self._collect(ranks)
         except BaseException:
             # The other ranks may be waiting for the one that failed.
@@ -187,3 +188,5 @@ def _leave_world() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    # Models are cycles that hold their groups, and each group has threads and sockets.
+    gc.collect()

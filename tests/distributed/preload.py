@@ -1,5 +1,6 @@
 """What the fork server imports, once, so that starting a worker of the pool is only a fork."""
 
+import gc
 import os
 import queue
 
@@ -25,3 +26,6 @@ import distributed.training  # noqa: E402, F401
 # Megatron would start a process for it in every worker that writes a part of a checkpoint, which
 # only a writer in another process needs.
 filesystem_async._results_queue = queue.Queue()
+
+# Spares the workers, which collect after every task, the look at all that was imported.
+gc.freeze()

@@ -46,6 +46,12 @@ RARE = {
         Layout(tp=4, sequence_parallel=True, distributed_optimizer=True, bucket_size=None),
         Layout(dp=2, distributed_optimizer=True),
     ),
+    # A tied embedding has a bucket of its own.
+    "distributed optimizer, tied, PP 2 to one": Move(
+        Model(tied=True),
+        Layout(pp=2, distributed_optimizer=True, bucket_size=None),
+        Layout(distributed_optimizer=True),
+    ),
     # Neither layout adds up anything in another order, so bf16 rounds as in one process.
     "bf16, PP 2 to DP 2": Move(Model(bf16=True), Layout(pp=2), Layout(dp=2)),
     "bf16, distributed optimizer, DP 2 to PP 2": Move(
