@@ -5,7 +5,9 @@ tests/distributed has more layouts, with gradients; here they go through the com
 
 import pytest
 
-from training.runs import DROPOUT, TINY, save_to, side_by_side, train
+from training.runs import DROPOUT, TINY, launch, save_to, side_by_side, train
+
+GENERATE = ("-m", "megalodon_mcore", "generate")
 
 RECOMPUTE = {
     "full": ("--recompute-granularity", "full", "--recompute-method", "uniform")
@@ -38,11 +40,12 @@ EVERYTHING = (
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A checkpoint that every layout starts from, and the losses of the single process."""
+    """A checkpoint that every layout starts from, the single process's run, and its checkpoint."""
     folder = tmp_path_factory.mktemp("start")
     checkpoint = folder / "checkpoint"
     train(folder / "first", *TINY, *save_to(checkpoint), "--exit-interval", "1")
-    return checkpoint, train(folder / "single", *TINY, *from_checkpoint(checkpoint))
+    arguments = (*TINY, *from_checkpoint(checkpoint), *save_to(folder / "saved"))
+    return checkpoint, train(folder / "single", *arguments), folder / "saved"
 
 
 def from_checkpoint(checkpoint):
@@ -51,7 +54,7 @@ def from_checkpoint(checkpoint):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_has_the_losses_of_one_process(start, tmp_path, name):
-    checkpoint, single = start
+    checkpoint, single, _ = start
     processes, options = LAYOUTS[name]
     run = train(tmp_path, *TINY, *from_checkpoint(checkpoint), *options, processes=processes)
     assert_same(run, single)
@@ -64,11 +67,20 @@ def assert_same(run, single):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_everything_at_once(start, tmp_path, order):
-    checkpoint, single = start
-    options = (*EVERYTHING, "--megalodon-sequence-order", order)
-    assert_same(train(tmp_path, *TINY, *from_checkpoint(checkpoint), *options, processes=8), single)
+def test_everything_at_once(start, tmp_path):
+    checkpoint, single, saved = start
+    options = (*EVERYTHING, *save_to(tmp_path / "saved"))
+    run = train(tmp_path / "run", *TINY, *from_checkpoint(checkpoint), *options, processes=8)
+    assert_same(run, single)
+    assert greedy(tmp_path / "saved") == greedy(saved)
+
+
+def greedy(checkpoint):
+    """What one process generates from a checkpoint."""
+    prompt = ("--prompt", "1 2 3", "--tokens", "40", "--temperature", "0")
+    result = launch(*GENERATE, "--checkpoint", str(checkpoint), *prompt)
+    assert result.returncode == 0, result.stdout
+    return result.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
