@@ -1,0 +1,273 @@
+"""Megalodon on the CPU beside its peers: one table of ratios and targets from one run.
+
+    python examples/benchmarks/cpu.py --megalodon-hf PATH_OF_A_CHECKOUT
+
+Rows whose peer is missing are left out. Leave the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent))
+import models
+import peers
+from measure import (
+    gemm_peak,
+    machine,
+    median_seconds,
+    peak_extra_bytes,
+    read_bandwidth,
+)
+from megalodon_mcore.kernels.cema import cema
+from megalodon_mcore.kernels.timestep_norm import timestep_norm
+
+LENGTHS = (1024, 4096, 16384, 65536, 262144)
+
+
+@dataclass
+class Row:
+    """A measured ratio; better is larger, unless the target starts with <."""
+
+    group: str
+    what: str
+    ours: str
+    peer: str
+    ratio: float
+    target: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the ratio reaches the target."""
+        bound = float(self.target.lstrip("<>= "))
+        return self.ratio <= bound if self.target.startswith("<") else self.ratio >= bound
+
+
+def main() -> None:
+    """Runs the chosen groups of rows, prints the table and writes JSON and plots."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megalodon-hf", type=Path, help="Checkout of pszemraj/megalodon-hf.")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/cpu"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=3.0, help="Spent on each measurement (3).")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
+    print(machine(), f"\ncommand: {' '.join(sys.argv)}\n", flush=True)
+    rows: list[Row] = []
+    curves: dict[str, dict[int, float]] = {}
+    for group in args.only:
+        for row in GROUPS[group](args, curves):
+            rows.append(row)
+            print(line(row), flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    result = {
+        "machine": machine(),
+        "command": sys.argv,
+        "rows": [asdict(row) | {"met": row.met} for row in rows],
+        "curves": curves,
+    }
+    (args.output / "results.json").write_text(json.dumps(result, indent=2))
+    plot(curves, args.output)
+    print(f"\nwritten: {args.output}/results.json and plots")
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    mark = "met" if row.met else "MISSED"
+    return f"{row.what:<58} {row.ours:>14} {row.peer:>14} {row.ratio:>8.2f} {row.target:>8} {mark}"
+
+
+def cema_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
+    """CEMA forward and backward against a plain FFT and megalodon-hf; memory and flatness."""
+    x, parameters = cema_inputs(2, 4096)
+    ours = median_seconds(backward_of(lambda: cema(x, *parameters)[0], x), args.seconds)
+    fft = median_seconds(backward_of(lambda: peers.cema_by_fft(x, *parameters), x), args.seconds)
+    what = "CEMA B 2, L 4096, D 1024, N 16"
+    yield Row("cema", f"{what}: plain FFT", seconds(ours), seconds(fft), fft / ours, ">= 10")
+    package = peers.megalodon_hf(args.megalodon_hf)
+    if package is not None:
+        from megalodon.modeling_megalodon import ComplexEMA
+
+        theirs = ComplexEMA(1024, 16)
+        turned = x.detach().transpose(1, 2).contiguous().requires_grad_()
+        time = median_seconds(backward_of(lambda: theirs(turned)[0], turned), args.seconds)
+        yield Row(
+            "cema", f"{what}: megalodon-hf", seconds(ours), seconds(time), time / ours, ">= 20"
+        )
+    extra = peak_extra_bytes(backward_of(lambda: cema(x, *parameters)[0], x))
+    size = 4 * x.numel()
+    yield Row("cema", f"{what}: peak memory / input", mib(extra), mib(size), extra / size, "< 4")
+    curve = {}
+    for length in LENGTHS:
+        x, parameters = cema_inputs(1, length, 256)
+        run = backward_of(lambda: cema(x, *parameters)[0], x)  # noqa: B023 - called before it changes
+        curve[length] = median_seconds(run, args.seconds) / x.numel() * 1e9
+    curves["CEMA, ns per element"] = curve
+    spread = max(curve.values()) / min(curve.values())
+    low, high = f"{min(curve.values()):.1f} ns", f"{max(curve.values()):.1f} ns"
+    yield Row("cema", "CEMA time per element, L 1024 to 262144", low, high, spread, "<= 1.15")
+
+
+def norm_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
+    """TimestepNorm against torch's layer_norm."""
+    x = torch.randn(2, 4096, 1024, requires_grad=True)
+    weight, bias = (torch.randn(1024, requires_grad=True) for _ in range(2))
+    ours = median_seconds(
+        backward_of(lambda: timestep_norm(x, weight, bias, 32, 1e-5)[0], x), args.seconds
+    )
+    peer = median_seconds(
+        backward_of(lambda: F.layer_norm(x, (1024,), weight, bias), x), args.seconds
+    )
+    what = "TimestepNorm time / layer_norm's, B 2, L 4096, D 1024"
+    yield Row("norm", what, seconds(ours), seconds(peer), ours / peer, "<= 2.5")
+
+
+def model_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
+    """The 12M model against the GEMM peak, megalodon-jax, megalodon-hf and its own bf16."""
+    package = peers.megalodon_hf(args.megalodon_hf)
+    peak = gemm_peak(torch.float32)
+    speeds, shares = {}, {}
+    with models.megatron():
+        for length, jax_target, hf_target in ((2048, ">= 1.6", ">= 3.3"), (8192, ">= 2.5", ">= 5")):
+            tokens = 2 * length
+            time = median_seconds(
+                models.forward_backward(models.megalodon(), 2, length), args.seconds, 5
+            )
+            speeds[length] = tokens / time
+            shares[length] = models.matrix_flops(2, length) / time / peak
+            ours, ceiling = rate(speeds[length]), f"{peak / 1e9:.0f} GFLOP/s"
+            what = f"12M model, L {length}"
+            yield Row("model", f"{what}: of the GEMM peak", ours, ceiling, shares[length], ">= 0.7")
+            step = peers.megalodon_jax_step(models.SIZES, 2, length)
+            if step is not None:
+                peer = tokens / median_seconds(step, args.seconds, 3)
+                ratio = speeds[length] / peer
+                yield Row("model", f"{what}: megalodon-jax", ours, rate(peer), ratio, jax_target)
+            if package is not None:
+                theirs = peers.megalodon_hf_model(package, models.SIZES)
+                inputs = torch.randint(models.SIZES["vocabulary"], (2, length))
+
+                def run(model=theirs, inputs=inputs) -> None:  # noqa: ANN001
+                    model(inputs, labels=inputs, use_cache=False).loss.backward()
+                    model.zero_grad()
+
+                peer = tokens / median_seconds(run, args.seconds, 3)
+                ratio = speeds[length] / peer
+                yield Row("model", f"{what}: megalodon-hf", ours, rate(peer), ratio, hf_target)
+            half = models.megalodon(torch.bfloat16).bfloat16()
+            time = median_seconds(models.forward_backward(half, 2, length), args.seconds, 5)
+            bf16 = tokens / time
+            ratio = bf16 / speeds[length]
+            yield Row("model", f"{what}: bf16 / float32", rate(bf16), ours, ratio, ">= 2.5")
+    curves["12M model, tokens/s"] = speeds
+    curves["12M model, share of GEMM peak"] = shares
+
+
+def step_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
+    """A whole Megatron step against Megatron's own GPT of about the same size."""
+    chunk = models.SIZES["chunk"]
+    costs = {}
+    with models.megatron():
+        for length, target in ((chunk, ">= 0.94"), (8 * chunk, ">= 1.32")):
+            batch = 8 * chunk // length
+            ours, peer = (
+                batch
+                * length
+                / median_seconds(models.training_step(m, batch, length), args.seconds, 5)
+                for m in (models.megalodon(), models.gpt(torch.float32, length))
+            )
+            costs[length] = 1e6 / ours
+            what = f"Megatron step, L {length}: GPT's speed"
+            yield Row("step", what, rate(ours), rate(peer), ours / peer, target)
+    curves["Megatron step, us per token"] = costs
+
+
+def decoding_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
+    """Time per generated token against reading the weights once."""
+    from megalodon_mcore.streaming import StreamingModel
+
+    bandwidth = read_bandwidth()
+    with models.megatron(), torch.inference_mode():
+        model = models.megalodon()
+        stream = StreamingModel(model)
+        _, state = stream(torch.randint(models.SIZES["vocabulary"], (1, 700)))
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        time = median_seconds(lambda: stream(token, state), args.seconds, 500)
+        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    reading = weights / bandwidth
+    what = "Decoding a token / reading the weights once"
+    yield Row("decoding", what, seconds(time), seconds(reading), time / reading, "<= 1.5")
+
+
+GROUPS: dict[str, Callable[[argparse.Namespace, dict], Iterator[Row]]] = {
+    "cema": cema_rows,
+    "norm": norm_rows,
+    "model": model_rows,
+    "step": step_rows,
+    "decoding": decoding_rows,
+}
+
+
+def cema_inputs(batch: int, length: int, channels: int = 1024) -> tuple:
+    """x [batch, length, channels] and CEMA's parameters with 16 dimensions, all leaves."""
+    x = torch.randn(batch, length, channels, requires_grad=True)
+    shapes = ((channels, 16, 1), (channels, 16, 1), (channels, 1, 1), (channels, 16, 2))
+    parameters = [torch.randn(*shape, requires_grad=True) for shape in (*shapes, (channels, 1))]
+    return x, parameters
+
+
+def backward_of(function: Callable[[], torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
+    """A forward and backward pass that keeps no gradients."""
+    upstream = torch.randn_like(function())
+
+    def run() -> None:
+        function().backward(upstream)
+        x.grad = None
+
+    return run
+
+
+def seconds(value: float) -> str:
+    """A time for the table."""
+    return f"{value:.3f} s" if value >= 0.1 else f"{1e3 * value:.2f} ms"
+
+
+def rate(value: float) -> str:
+    """Tokens per second for the table."""
+    return f"{value:,.0f} tok/s"
+
+
+def mib(value: float) -> str:
+    """Bytes for the table."""
+    return f"{value / 2**20:.0f} MiB"
+
+
+def plot(curves: dict[str, dict[int, float]], folder: Path) -> None:
+    """One picture per curve, over the sequence length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for name, curve in curves.items():
+        figure, axes = pyplot.subplots(figsize=(6, 4))
+        axes.plot(list(curve), list(curve.values()), marker="o")
+        axes.set(xlabel="sequence length", ylabel=name, xscale="log", ylim=(0, None))
+        file = name.split(",")[0] + "-" + name.split(",")[1]
+        figure.savefig(folder / f"{file.replace(' ', '-')}.png", bbox_inches="tight")
+        pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

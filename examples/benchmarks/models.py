@@ -1,0 +1,167 @@
+"""The models that are timed, in one process with Megatron's groups."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+SIZES = {
+    "layers": 4,
+    "hidden_size": 512,
+    "z_dim": 128,
+    "value_dim": 1024,
+    "ffn": 1280,
+    "chunk": 512,
+    "groups": 16,
+    "vocabulary": 256,
+}
+"""The 12M model of DESIGN section 6."""
+
+
+@contextlib.contextmanager
+def megatron() -> Iterator[None]:
+    """Megatron's process groups of this process alone, over gloo."""
+    from megalodon_mcore import cpu
+
+    stand_in = cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(1)
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    stand_in.undo()
+
+
+def transformer_config(dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN401
+    """Megatron's configuration of SIZES; `options` replace values."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    values: dict[str, Any] = {
+        "num_layers": SIZES["layers"],
+        "hidden_size": SIZES["hidden_size"],
+        "num_attention_heads": 1,
+        "ffn_hidden_size": SIZES["ffn"],
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": False,
+        "gradient_accumulation_fusion": False,
+        "bf16": dtype == torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "use_cpu_initialization": True,
+    }
+    return TransformerConfig(**(values | options))
+
+
+def megalodon(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """GPTModel with Megalodon's spec."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megalodon_mcore.config import MegalodonConfig, MegalodonSize
+    from megalodon_mcore.spec import MegalodonSpec
+
+    own = MegalodonConfig(
+        chunk_size=SIZES["chunk"],
+        z_dim=SIZES["z_dim"],
+        value_dim=SIZES["value_dim"],
+        norm_num_groups=SIZES["groups"],
+    )
+    size = MegalodonSize(
+        SIZES["layers"], SIZES["hidden_size"], 1, SIZES["ffn"], False, 10_000, False, own
+    )
+    return GPTModel(
+        config=transformer_config(dtype),
+        transformer_layer_spec=MegalodonSpec(size),
+        vocab_size=SIZES["vocabulary"],
+        max_sequence_length=1 << 20,
+        position_embedding_type="none",
+    )
+
+
+def gpt(dtype: torch.dtype, length: int) -> torch.nn.Module:
+    """Megatron's GPT with about as many parameters: 8 heads, an FFN of 4 widths."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    hidden_size = SIZES["hidden_size"]
+    config = transformer_config(dtype, num_attention_heads=8, ffn_hidden_size=4 * hidden_size)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(),
+        vocab_size=SIZES["vocabulary"],
+        max_sequence_length=length,
+        position_embedding_type="rope",
+    )
+
+
+def forward_backward(
+    model: torch.nn.Module, batch: int, length: int, mask: torch.Tensor | None = None
+) -> Callable[[], None]:
+    """One forward and backward pass on random tokens, gradients thrown away."""
+    tokens = torch.randint(SIZES["vocabulary"], (batch, length))
+    positions = torch.arange(length).expand(batch, length)
+
+    def run() -> None:
+        model(tokens, positions, mask, labels=tokens).mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def training_step(model: torch.nn.Module, batch: int, length: int) -> Callable[[], None]:
+    """Forward, backward, Megatron's DDP and its Adam."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    config = model.config
+    wrapped = Float16Module(config, model) if config.bf16 else model
+    ddp = DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), wrapped
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-4,
+            clip_grad=1.0,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+        ),
+        [ddp],
+    )
+    tokens = torch.randint(SIZES["vocabulary"], (batch, length))
+    positions = torch.arange(length).expand(batch, length)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu_(1)
+
+    def run() -> None:
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        ddp(tokens, positions, mask, labels=tokens).float().mean().backward()
+        finalize_model_grads([ddp])
+        optimizer.step()
+
+    return run
+
+
+def matrix_flops(batch: int, length: int) -> float:
+    """Flops of the matrix products of forward and backward passes: projections and attention."""
+    d, z, e, f = (SIZES[name] for name in ("hidden_size", "z_dim", "value_dim", "ffn"))
+    projections = d * z + 2 * d * e + (d + e) * d + 2 * d * f
+    # Half of a chunk's products is above the diagonal.
+    attention = (z + e) * SIZES["chunk"] / 2
+    per_token = SIZES["layers"] * (projections + attention) + d * SIZES["vocabulary"]
+    return 6 * per_token * batch * length

@@ -1,0 +1,86 @@
+"""What Megalodon's operators are compared with: a plain FFT, megalodon-hf and megalodon-jax."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from megalodon_mcore.kernels.cema import coefficients, powers
+from torch import Tensor
+
+
+def cema_by_fft(
+    x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor
+) -> Tensor:
+    """CEMA of [batch, length, D] as one convolution with its response, by torch.fft."""
+    length = x.shape[1]
+    p, log_magnitude, turns = coefficients(alpha, delta, theta)
+    readout = torch.view_as_complex(gamma) * p.float() / math.sqrt(alpha.shape[1])
+    steps = torch.arange(length)
+    response = torch.zeros(x.shape[2], length)
+    for n in range(alpha.shape[1]):
+        q = powers(log_magnitude[:, n : n + 1], turns[:, n : n + 1], steps)[..., 0]
+        response = response + (readout[:, n : n + 1] * q).real
+    size = 2 * length
+    spectrum = torch.fft.rfft(x.transpose(1, 2), n=size) * torch.fft.rfft(response, n=size)
+    y = torch.fft.irfft(spectrum, n=size)[..., :length].transpose(1, 2)
+    return y + omega[:, 0] * x
+
+
+def megalodon_hf(folder: Path | None) -> Any:  # noqa: ANN401
+    """The package of a checkout of github.com/pszemraj/megalodon-hf; None without one."""
+    if folder is None:
+        return None
+    sys.path.insert(0, str(folder / "src"))
+    import megalodon
+
+    return megalodon
+
+
+def megalodon_hf_model(package: Any, sizes: dict[str, int]) -> torch.nn.Module:  # noqa: ANN401
+    """Its model of the given sizes."""
+    return package.MegalodonForCausalLM(
+        package.MegalodonConfig(
+            vocab_size=sizes["vocabulary"],
+            model_dim=sizes["hidden_size"],
+            num_layers=sizes["layers"],
+            num_heads=1,
+            z_dim=sizes["z_dim"],
+            value_dim=sizes["value_dim"],
+            ffn_hidden_dim=sizes["ffn"],
+            cema_ndim=16,
+            chunk_size=sizes["chunk"],
+            norm_num_groups=sizes["groups"],
+        )
+    )
+
+
+def megalodon_jax_step(sizes: dict[str, int], batch: int, length: int) -> Any:  # noqa: ANN401
+    """A compiled forward and backward pass of megalodon-jax; None where it is not installed."""
+    try:
+        import equinox
+        import jax
+        import megalodon_jax
+    except ImportError:
+        return None
+    config = megalodon_jax.MegalodonConfig(
+        vocab_size=sizes["vocabulary"],
+        model_dim=sizes["hidden_size"],
+        num_layers=sizes["layers"],
+        num_heads=1,
+        z_dim=sizes["z_dim"],
+        value_dim=sizes["value_dim"],
+        ffn_hidden_dim=sizes["ffn"],
+        cema_ndim=16,
+        chunk_size=sizes["chunk"],
+        norm_num_groups=sizes["groups"],
+    )
+    model = megalodon_jax.MegalodonForCausalLM(config, key=jax.random.key(0))
+    tokens = torch.randint(sizes["vocabulary"], (batch, length)).numpy()
+    step = equinox.filter_jit(
+        equinox.filter_value_and_grad(lambda model: model.compute_loss(tokens, tokens))
+    )
+    return lambda: jax.block_until_ready(step(model))
