@@ -38,33 +38,35 @@ def apply_rotary(x: Tensor, base: float, offset: int, chunk_size: int) -> Tensor
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
 
-    length, d = x.shape[1], x.shape[-1]
+    d = x.shape[-1]
     dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
     turns = _turns(chunk_size, d, float(base), x.device, dtype)
-    first = offset % chunk_size
+    return _Rotation.apply(x, turns, offset % chunk_size)
+
+
+class _Rotation(torch.autograd.Function):
+    """The backward pass turns the gradient the other way; it saves nothing of x's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor, first: int) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(turns)
+        ctx.first = first
+        return _turn(x, turns, first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        (turns,) = ctx.saved_tensors
+        return _turn(grad, turns.conj(), ctx.first), None, None
+
+
+def _turn(x: Tensor, turns: Tensor, first: int) -> Tensor:
+    """Turns step t by row (first + t) mod chunk size of `turns` [chunk size, d/2]."""
+    chunk_size, length = len(turns), x.shape[1]
     if first + length <= chunk_size:
         turns = turns[first : first + length]
     else:
         turns = turns[torch.arange(first, first + length, device=x.device) % chunk_size]
-    return _Rotation.apply(x, turns)
-
-
-class _Rotation(torch.autograd.Function):
-    """The backward pass turns the gradient the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:  # noqa: ANN401
-        ctx.save_for_backward(turns)
-        return _turn(x, turns)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        (turns,) = ctx.saved_tensors
-        return _turn(grad, turns.conj()), None
-
-
-def _turn(x: Tensor, turns: Tensor) -> Tensor:
     # A copy, whose strides and offset view_as_complex takes whatever x's are.
     wide = torch.empty(x.shape, dtype=turns.real.dtype, device=x.device).copy_(x)
     torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns[:, None])

@@ -33,7 +33,6 @@ def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, in
         averages                  4 T D + 4 T         float32 input of the RMSNorm, and 1/rms
         mixed                     T D a               m: input of z and r
         z                         8 T z + 4 T h       float32, before and after its RMSNorm; 1/rms
-        rotary factors            8 (L/cp) Z/H        of queries and of keys, complex64
         queries, keys, values     (2 z + e) T a       attention's inputs
         values before SiLU        e T a
         gate                      3 e T a             r before and after SiLU, and a
@@ -79,10 +78,8 @@ def _attention(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
     if layout.recompute == "selective":
         return {"z, values and gate before attention": tokens * (z + 2 * e) * a}
     heads = max(1, own.num_heads // layout.tp)
-    head_width = own.z_dim // own.num_heads
     terms = {
         "z": BYTES_FLOAT32 * tokens * (2 * z + heads),
-        "rotary factors": _indexed_positions(shape, layout) * head_width * BYTES_COMPLEX64,
         "queries, keys, values": tokens * (2 * z + e) * a,
         "values before SiLU": tokens * e * a,
         "gate": 3 * tokens * e * a,
@@ -99,18 +96,6 @@ def _positions_before(shape: ModelShape, layout: ParallelLayout) -> int:
     segments = layout.context_layout().segments
     chunk = shape.megalodon.chunk_size
     return max(sum(segment.start % chunk for segment in held) for held in segments)
-
-
-def _indexed_positions(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Positions, on the rank with most, of segments that go on past the end of a chunk.
-
-    Their rotary factors are copied into a tensor; a segment inside one chunk has a view.
-    """
-    chunk = shape.megalodon.chunk_size
-    return max(
-        sum(s.length for s in held if s.start % chunk + s.length > chunk)
-        for held in layout.context_layout().segments
-    )
 
 
 def _feed_forward(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
