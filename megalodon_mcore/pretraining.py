@@ -355,7 +355,24 @@ def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[
                 fatal=True,
             )
     report = torch.cat([loss.detach().view(1), num_tokens.detach().view(1).float()])
-    return loss, num_tokens, {"lm loss": report}
+    return loss * weight_among_shares(num_tokens), num_tokens, {"lm loss": report}
+
+
+def weight_among_shares(num_tokens: Tensor) -> Tensor | float:
+    """What makes the mean of context-parallel ranks' mean losses the mean over all their tokens.
+
+    Megatron divides each rank's loss by that rank's tokens, of which masks may leave fewer on one
+    than on another; with --calculate-per-token-loss it divides by everybody's.
+    """
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    size = mpu.get_context_parallel_world_size()
+    if size == 1 or get_args().calculate_per_token_loss:
+        return 1.0
+    everybodys = num_tokens.clone()
+    torch.distributed.all_reduce(everybodys, group=mpu.get_context_parallel_group())
+    return num_tokens.clamp(min=1) * size / everybodys.clamp(min=1)
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:

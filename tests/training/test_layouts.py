@@ -67,6 +67,17 @@ def assert_same(run, single):
 
 
 @pytest.mark.slow
+def test_masked_tokens_weigh_alike_whichever_rank_has_them(start, tmp_path):
+    arguments = (*TINY, *from_checkpoint(start[0]), "--eod-mask-loss")
+    single = train(tmp_path / "single", *arguments)
+    assert single.losses != start[1].losses
+    for order in ("contiguous", "zigzag"):
+        options = ("--context-parallel-size", "2", "--megalodon-sequence-order", order)
+        run = train(tmp_path / order, *arguments, *options, processes=2)
+        assert_same(run, single)
+
+
+@pytest.mark.slow
 def test_everything_at_once(start, tmp_path):
     checkpoint, single, saved = start
     options = (*EVERYTHING, *save_to(tmp_path / "saved"))
