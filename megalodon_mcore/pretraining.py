@@ -7,7 +7,6 @@ it gives Megatron's `pretrain` a batch, a loss and datasets, and adds the `--meg
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
@@ -54,15 +53,13 @@ def stand_alone_environment() -> None:
     """Gives torch.distributed what torchrun would, for a single process started without it."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     for name, value in {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        # Any that is free when it is needed.
+        "MASTER_PORT": "0",
     }.items():
         os.environ.setdefault(name, value)
 
