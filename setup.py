@@ -21,6 +21,7 @@ setup(
         "tokenizers",
         "transformers",
         "sentencepiece",
+        "safetensors",
         "tensorboard",
         "matplotlib",
         "tqdm",

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build_parser() -> tuple[ArgumentParser, dict]:
     from megalodon_mcore import describe, generate
+    from megalodon_mcore.conversion import command as convert
     from megalodon_mcore.data import prepare
 
     parser = ArgumentParser(prog="megalodon-mcore", description=DESCRIPTION)
@@ -39,6 +40,7 @@ def _build_parser() -> tuple[ArgumentParser, dict]:
     commands = {
         "prepare-data": (prepare, "Turn text or JSONL into Megatron's indexed datasets."),
         "generate": (generate, "Continue a prompt from a checkpoint, printing as it goes."),
+        "convert": (convert, "Turn a checkpoint into another format, or one from elsewhere."),
         "describe": (describe, "Print a named size: configuration, parameters, bytes."),
     }
     for name, (module, summary) in commands.items():

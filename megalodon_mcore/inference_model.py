@@ -75,6 +75,8 @@ def _arguments_for(checkpoint: Path, iteration: int | None) -> Namespace:
     original = sys.argv
     sys.argv = [original[0], *command_line]
     try:
-        return pretraining.parse_arguments(from_checkpoint=("bf16", "fp16", "vocab_size"))
+        return pretraining.parse_arguments(
+            from_checkpoint=("bf16", "fp16", "vocab_size", "layernorm_epsilon")
+        )
     finally:
         sys.argv = original

@@ -1,0 +1,176 @@
+"""Folders of the stand-alone Hugging Face model, `megalodon_mcore/hf`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megalodon_mcore
+from megalodon_mcore.conversion.architecture import architecture_from
+from megalodon_mcore.conversion.json_file import read_object, write_object
+from megalodon_mcore.conversion.mapping import Parameter, parameters
+from megalodon_mcore.conversion.model import OpenModel, Tokenizer
+from megalodon_mcore.conversion.model_card import model_card
+from megalodon_mcore.conversion.safetensors_file import Entry
+from megalodon_mcore.conversion.tensor_folder import TensorFolder, write_tensor_folder
+from megalodon_mcore.conversion.tokenizers import (
+    NULL_TOKENIZER,
+    copy_tokenizer,
+    open_tokenizer,
+)
+
+NAMES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "z_dim": "z_dim",
+    "value_dim": "value_dim",
+    "cema_ndim": "cema_ndim",
+    "norm_num_groups": "norm_num_groups",
+    "chunk_size": "chunk_size",
+    "rotary_base": "rope_theta",
+    "norm_eps": "norm_eps",
+    "swiglu": "swiglu",
+    "rescale_nffn": "rescale_nffn",
+    "scale_embedding": "scale_embedding",
+    "tied": "tie_word_embeddings",
+    "dropout": "dropout",
+    "hidden_dropout": "hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "init_mode": "megalodon_init_mode",
+}
+"""config.json's names by Architecture's."""
+
+CODE = ("configuration_megalodon.py", "modeling_megalodon.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_megalodon.MegalodonConfig",
+    "AutoModel": "modeling_megalodon.MegalodonModel",
+    "AutoModelForCausalLM": "modeling_megalodon.MegalodonForCausalLM",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRAINING = "megalodon_training"
+"""Where config.json keeps how the model was trained."""
+
+
+def open_hf(folder: Path) -> OpenModel:
+    """Opens a folder, exported by this package or saved after fine-tuning.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or is not what config.json says.
+    """
+    values = read_object(folder / "config.json")
+    origin = str(folder / "config.json")
+    if values.get("model_type") != "megalodon" or "hidden_size" not in values:
+        raise ValueError(
+            f"{origin} is not this package's Megalodon (a folder of pszemraj's port goes by "
+            "--from megalodon-hf)."
+        )
+    # The configuration class derives what is left out; the architecture needs the numbers.
+    values = _with_derived(values)
+    architecture = architecture_from(values, NAMES, origin)
+    tensors = TensorFolder(folder)
+    known = {parameter.hf for parameter in parameters(architecture)}
+    extra = tensors.names() - known - ({"lm_head.weight"} if architecture.tied else set())
+    if extra:
+        raise ValueError(f"{folder} has {min(extra)}, of which {origin} knows nothing.")
+    named = values.get("dtype") or values.get("torch_dtype")
+    if named is None:
+        named = str(tensors.read("model.layers.0.wz.weight").dtype).removeprefix("torch.")
+    if named not in DTYPES:
+        raise ValueError(f"{origin} has dtype {named!r}; it takes {', '.join(DTYPES)}.")
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is None and values.get("eos_token_id") is not None:
+        tokenizer = Tokenizer(NULL_TOKENIZER, (), _first(values["eos_token_id"]))
+    training = values.get(TRAINING)
+    return OpenModel(
+        architecture,
+        DTYPES[named],
+        lambda parameter: tensors.read(parameter.hf),
+        tokenizer,
+        training if isinstance(training, dict) else {},
+    )
+
+
+def write_hf(
+    model: OpenModel,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    progress: Callable[[Iterable[Parameter]], Iterable[Parameter]],
+) -> None:
+    """Writes all that AutoModelForCausalLM and AutoTokenizer need where this package is missing.
+
+    Args:
+        model: what to write.
+        folder: an empty one.
+        dtype: of all parameters that do not stay float32.
+        max_shard_size: bytes in a file, unless one tensor has more.
+        progress: wraps the loop over parameters.
+    """
+    todo = list(parameters(model.architecture))
+    entries = [Entry(p.hf, p.shape, model.written_dtype(p, dtype)) for p in todo]
+    tensors = (model.read(parameter, dtype) for parameter in progress(todo))
+    write_tensor_folder(folder, entries, tensors, max_shard_size)
+    write_object(folder / "config.json", _configuration(model, dtype))
+    write_object(folder / "generation_config.json", _generation(model))
+    for name in CODE:
+        shutil.copyfile(Path(megalodon_mcore.__file__).parent / "hf" / name, folder / name)
+    if model.tokenizer:
+        copy_tokenizer(model.tokenizer, folder)
+    (folder / "README.md").write_text(model_card(model, dtype), encoding="utf-8")
+
+
+def _configuration(model: OpenModel, dtype: torch.dtype) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model_type": "megalodon",
+        "architectures": ["MegalodonForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    values |= {theirs: getattr(model.architecture, ours) for ours, theirs in NAMES.items()}
+    values["rope_theta"] = float(values["rope_theta"])
+    values["use_cache"] = True
+    chunk_size = model.architecture.chunk_size
+    values["piece_length"] = chunk_size * max(1, 2048 // chunk_size)
+    if model.training:
+        values[TRAINING] = model.training
+    return values | _token_ids(model)
+
+
+def _generation(model: OpenModel) -> dict[str, Any]:
+    import transformers
+
+    values = {"use_cache": True, "transformers_version": transformers.__version__}
+    return values | _token_ids(model)
+
+
+def _token_ids(model: OpenModel) -> dict[str, int]:
+    if model.tokenizer is None:
+        return {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(model.tokenizer, name) for name in names}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _with_derived(values: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what save_pretrained leaves out because it is the default."""
+    from megalodon_mcore.hf import MegalodonConfig
+
+    own = {theirs: values[theirs] for theirs in NAMES.values() if values.get(theirs) is not None}
+    own.pop(NAMES["init_mode"], None)
+    try:
+        return MegalodonConfig(**own).to_dict() | values
+    except TypeError as error:
+        wrong = [f"{name} is {value!r}" for name, value in own.items() if isinstance(value, str)]
+        raise ValueError(f"config.json describes no model: {'; '.join(wrong) or error}.") from None
+
+
+def _first(ids: int | list[int]) -> int:
+    return ids[0] if isinstance(ids, list) else ids

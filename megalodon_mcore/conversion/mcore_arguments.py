@@ -1,0 +1,187 @@
+"""Megatron's arguments as a checkpoint keeps them, and the architecture they stand for."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalodon_mcore.conversion.architecture import Architecture, architecture_from
+from megalodon_mcore.conversion.model import OpenModel, Tokenizer
+from megalodon_mcore.conversion.tokenizers import (
+    NULL_TOKENIZER,
+    open_tokenizer,
+    tokenizer_vocab_size,
+)
+
+NAMES = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "megalodon_num_heads",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "z_dim": "megalodon_z_dim",
+    "value_dim": "megalodon_value_dim",
+    "cema_ndim": "megalodon_cema_ndim",
+    "norm_num_groups": "megalodon_norm_num_groups",
+    "chunk_size": "megalodon_chunk_size",
+    "rotary_base": "rotary_base",
+    "norm_eps": "layernorm_epsilon",
+    "swiglu": "swiglu",
+    "rescale_nffn": "megalodon_rescale_nffn",
+    "scale_embedding": "megalodon_scale_embedding",
+    "dropout": "hidden_dropout",
+    "hidden_dropout": "megalodon_hidden_dropout",
+    "attention_dropout": "attention_dropout",
+    "init_mode": "megalodon_init_mode",
+}
+"""Megatron's names by Architecture's; the tied embedding and the vocabulary are special."""
+
+
+def architecture_of(arguments: Namespace, vocab_size: int, origin: str) -> Architecture:
+    """The architecture of a model that was trained with these arguments.
+
+    Raises:
+        ValueError: they are not Megalodon's, or do not fit together.
+    """
+    values = vars(arguments) | {
+        "tied": not getattr(arguments, "untie_embeddings_and_output_weights", False),
+        "true_vocab_size": vocab_size,
+    }
+    if values.get("megalodon_chunk_size") is None:
+        raise ValueError(f"{origin} has no Megalodon: its arguments lack megalodon_chunk_size.")
+    names = NAMES | {"tied": "tied", "vocab_size": "true_vocab_size"}
+    return architecture_from(values, names, f"{origin}'s arguments")
+
+
+def dtype_of(arguments: Namespace) -> torch.dtype:
+    """The type of the parameters that do not stay float32."""
+    if getattr(arguments, "fp16", False):
+        return torch.float16
+    return torch.bfloat16 if getattr(arguments, "bf16", False) else torch.float32
+
+
+def tokenizer_of(
+    arguments: Namespace, folder: Path, padded: int, tokenizer: Path | None, vocab_size: int | None
+) -> tuple[Tokenizer | None, int]:
+    """The tokenizer and the size of the vocabulary without padding.
+
+    Args:
+        arguments: the checkpoint's.
+        folder: the checkpoint, beside whose files its tokenizer may lie.
+        padded: rows of the embedding.
+        tokenizer: where it is now, if not where it was in training.
+        vocab_size: the size, if the caller knows better.
+
+    Raises:
+        ValueError: the tokenizer is not where it was, and nothing else says how large it is.
+    """
+    kind = getattr(arguments, "tokenizer_type", None) or NULL_TOKENIZER
+    found, size = None, None
+    if kind == NULL_TOKENIZER and tokenizer is None:
+        size = getattr(arguments, "vocab_size", None)
+        eos = getattr(arguments, "null_tokenizer_eod_id", None)
+        if size is not None:
+            found = Tokenizer(kind, (), int(size) - 1 if eos is None else int(eos))
+    else:
+        named = Path(str(getattr(arguments, "tokenizer_model", None)))
+        places = [tokenizer] if tokenizer else [named, folder / "tokenizer"]
+        place = next((path for path in places if path.exists()), None)
+        if place is None and vocab_size is None:
+            raise ValueError(
+                f"The tokenizer of the training run, {places[0]}, is not there; give its place "
+                "with --tokenizer, or the number of its tokens with --vocab-size."
+            )
+        if place is not None:
+            found = open_tokenizer(place)
+            size = tokenizer_vocab_size(found)
+    size = size if vocab_size is None else vocab_size
+    if size is None:
+        raise ValueError(f"{folder} does not say how many tokens there are; give --vocab-size.")
+    if not 0 < size <= padded:
+        raise ValueError(
+            f"The vocabulary has {size} tokens and the embedding {padded} rows; give the right "
+            "--tokenizer or --vocab-size."
+        )
+    return found, size
+
+
+def training_of(arguments: Namespace, iteration: int) -> dict[str, Any]:
+    """What a model card says of the training."""
+    names = (
+        *("seq_length", "global_batch_size", "optimizer", "lr", "min_lr", "lr_decay_style"),
+        *("lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed"),
+    )
+    facts = {name: getattr(arguments, name, None) for name in names}
+    samples = getattr(arguments, "consumed_train_samples", None)
+    if iteration:
+        facts = {"iterations": iteration, "consumed_samples": samples} | facts
+    if samples and facts.get("seq_length"):
+        facts["consumed_tokens"] = samples * facts["seq_length"]
+    return {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in facts.items()
+        if isinstance(value, (bool, int, float, str, torch.dtype))
+    }
+
+
+def arguments_for(
+    model: OpenModel,
+    dtype: torch.dtype,
+    divisible_by: int,
+    tokenizer_place: Path | None,
+) -> Namespace:
+    """What Megatron reads back under --use-checkpoint-args.
+
+    Raises:
+        ValueError: divisible_by is no positive number.
+    """
+    if divisible_by < 1:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by is {divisible_by}; it takes a positive integer."
+        )
+    shape = model.architecture
+    values: dict[str, Any] = {theirs: getattr(shape, ours) for ours, theirs in NAMES.items()}
+    kind = model.tokenizer.kind if model.tokenizer else NULL_TOKENIZER
+    length = model.training.get("seq_length", shape.chunk_size)
+    rotary_base = shape.rotary_base
+    values |= {
+        "spec": ["megalodon_mcore.spec", "megalodon"],
+        "rotary_base": int(rotary_base) if rotary_base == int(rotary_base) else rotary_base,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_heads,
+        "group_query_attention": False,
+        "kv_channels": max(1, shape.hidden_size // shape.num_heads),
+        "seq_length": length,
+        "max_position_embeddings": length,
+        "position_embedding_type": "none",
+        "add_position_embedding": True,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": False,
+        "params_dtype": dtype,
+        "tokenizer_type": kind,
+        "tokenizer_model": str(tokenizer_place) if tokenizer_place else None,
+        # Other tokenizers know their own size, and Megatron would not ask them.
+        "vocab_size": shape.vocab_size if kind == NULL_TOKENIZER else None,
+        "make_vocab_size_divisible_by": divisible_by,
+        "padded_vocab_size": math.ceil(shape.vocab_size / divisible_by) * divisible_by,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "world_size": 1,
+        "use_distributed_optimizer": False,
+        "ckpt_format": "torch_dist",
+        "ckpt_fully_parallel_save": False,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "megalodon_sequence_order": "contiguous",
+    }
+    if model.tokenizer and model.tokenizer.kind == NULL_TOKENIZER:
+        values["null_tokenizer_eod_id"] = model.tokenizer.eos_token_id
+    return Namespace(**values)

@@ -1,0 +1,246 @@
+"""Megatron's torch_dist checkpoints, read from any parallel layout and written for any.
+
+In a checkpoint every tensor is whole, layers are stacked along a first axis, and a joined weight
+keeps its parts apart: linear_proj.weight as `_h1` and `_h2`, linear_fc1.weight as W1 over W3.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.conversion.mapping import LAYER_PREFIXES, Parameter, parameters
+from megalodon_mcore.conversion.mcore_arguments import (
+    architecture_of,
+    arguments_for,
+    dtype_of,
+    tokenizer_of,
+    training_of,
+)
+from megalodon_mcore.conversion.model import OpenModel
+from megalodon_mcore.conversion.tokenizers import NULL_TOKENIZER, copy_tokenizer
+from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader, safe_load
+from megalodon_mcore.conversion.torch_dist_writer import TorchDistWriter
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON = "common_state/shard_0_1"
+EMBEDDING = "embedding.word_embeddings.weight"
+PADDED = (EMBEDDING, "output_layer.weight")
+LAYER = LAYER_PREFIXES["mcore"]
+EXTRA_STATES = (
+    *("mixer.linear_z", "mixer.linear_v", "mixer.linear_r", "mixer.linear_proj"),
+    *("feed_forward.linear_fc1", "feed_forward.linear_fc2"),
+)
+"""Megatron's linear layers, which each want an (empty) extra state of theirs."""
+
+
+def open_mcore(
+    folder: Path,
+    iteration: int | None = None,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+) -> OpenModel:
+    """Opens a checkpoint.
+
+    Args:
+        folder: what training had as --save, or one of its iter_ folders.
+        iteration: which of its checkpoints; the last one by default.
+        tokenizer: where the tokenizer is, if not where training had it.
+        vocab_size: the number of its tokens, likewise.
+
+    Raises:
+        FileNotFoundError: there is no finished checkpoint.
+        ValueError: it is damaged, would run code, or is not Megalodon's.
+    """
+    place = checkpoint_folder(folder, iteration)
+    reader = TorchDistReader(place)
+    common = _common_state(reader)
+    arguments = common["args"]
+    embedding = reader.shape(EMBEDDING)
+    if embedding is None:
+        raise ValueError(f"{place} has no {EMBEDDING}.")
+    found, true_vocab_size = tokenizer_of(arguments, folder, embedding[0], tokenizer, vocab_size)
+    architecture = architecture_of(arguments, true_vocab_size, str(place))
+    model = OpenModel(
+        architecture,
+        dtype_of(arguments),
+        lambda parameter: _fetch(reader, parameter, architecture),
+        found,
+        training_of(arguments, int(common.get("iteration", 0))),
+    )
+    _refuse_others(reader, architecture)
+    return model
+
+
+def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
+    """The folder of one of the checkpoints under --save.
+
+    Raises:
+        FileNotFoundError: there is no finished one.
+        ValueError: the tracker file makes no sense.
+    """
+    if iteration is not None:
+        return folder / f"iter_{iteration:07d}"
+    if (folder / ".metadata").is_file():
+        return folder
+    if not (folder / TRACKER).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no finished checkpoint; give the folder that training had as --save."
+        )
+    text = (folder / TRACKER).read_text().strip()
+    if text != "release" and not text.isdigit():
+        raise ValueError(f"{folder / TRACKER} has {text!r}; it takes a number or 'release'.")
+    return folder / (text if text == "release" else f"iter_{int(text):07d}")
+
+
+def write_mcore(
+    model: OpenModel,
+    folder: Path,
+    dtype: torch.dtype,
+    final_folder: Path,
+    divisible_by: int,
+    progress: Callable[[Iterable[Parameter]], Iterable[Parameter]],
+) -> None:
+    """Writes a checkpoint that --load takes, as Megatron's `release`, which starts at iteration 0.
+
+    Rows that pad the vocabulary are zeros.
+
+    Args:
+        model: what to write.
+        folder: an empty one.
+        dtype: of all parameters that do not stay float32.
+        final_folder: where the folder will be, for the tokenizer's place in the arguments.
+        divisible_by: of what the padded vocabulary is a multiple.
+        progress: wraps the loop over parameters.
+    """
+    tokenizer_place = None
+    if model.tokenizer and model.tokenizer.kind != NULL_TOKENIZER:
+        copy_tokenizer(model.tokenizer, folder / "tokenizer")
+        tokenizer_place = final_folder.absolute() / "tokenizer"
+        if model.tokenizer.kind != "HuggingFaceTokenizer":
+            tokenizer_place = tokenizer_place / "tokenizer.model"
+    arguments = arguments_for(model, dtype, divisible_by, tokenizer_place)
+    (folder / "release").mkdir()
+    writer = TorchDistWriter(folder / "release")
+    try:
+        layers = model.architecture.num_layers
+        for parameter in progress(list(parameters(model.architecture))):
+            _write(writer, parameter, model.read(parameter, dtype), arguments)
+        for layer in range(layers):
+            for module in EXTRA_STATES:
+                key = f"{LAYER}{module}._extra_state/shard_{layer}_{layers}"
+                writer.write_object(key, [None])
+        common = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0}
+        common["content_metadata"] = {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+        }
+        writer.write_object(COMMON, [common])
+        writer.finish()
+    finally:
+        writer.close()
+    (folder / TRACKER).write_text("release")
+
+
+def _common_state(reader: TorchDistReader) -> dict:
+    from megatron.core.safe_globals import SAFE_GLOBALS
+
+    legacy = reader.folder / "common.pt"
+    if legacy.is_file():
+        common = safe_load(legacy, str(legacy), SAFE_GLOBALS)
+    else:
+        common = reader.read_object(COMMON, SAFE_GLOBALS)
+        common = common[0] if isinstance(common, list) and common else common
+    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
+        raise ValueError(f"{reader.folder} does not have the arguments it was trained with.")
+    return common
+
+
+def _key(parameter: Parameter) -> str:
+    """The tensor of the checkpoint that has a parameter."""
+    row = parameter.row
+    name = row.mcore if parameter.layer is None else f"{LAYER}{row.mcore}"
+    parts_apart = row.part is not None and row.part.axis == 1
+    return f"{name}_h{row.part.index + 1}" if parts_apart else name
+
+
+def _shape_in_key(parameter: Parameter) -> tuple[tuple[int, ...], int]:
+    """The shape of that tensor in one layer, and the row of it where the parameter begins."""
+    shape, part = parameter.shape, parameter.row.part
+    if part is None or part.axis == 1:
+        return shape, 0
+    return shape, part.index * shape[0]
+
+
+def _key_of_layer(reader: TorchDistReader, parameter: Parameter) -> tuple[str, bool]:
+    """The tensor that has a parameter, and whether it has all layers' stacked."""
+    key = _key(parameter)
+    if parameter.layer is None or reader.shape(key) is not None:
+        return key, parameter.layer is not None
+    # Layers are not stacked where Megatron found that they may differ.
+    return f"{LAYER}{parameter.layer}.{key.removeprefix(LAYER)}", False
+
+
+def _shape_in_layer(parameter: Parameter, swiglu: bool) -> tuple[int, ...]:
+    """The shape of one layer of that tensor."""
+    part = parameter.row.part
+    if part is None or part.axis == 1 or not swiglu:
+        return parameter.shape
+    return 2 * parameter.shape[0], *parameter.shape[1:]
+
+
+def _first_row(parameter: Parameter) -> int:
+    """Where in that layer the parameter begins."""
+    part = parameter.row.part
+    return 0 if part is None or part.axis == 1 else part.index * parameter.shape[0]
+
+
+def _fetch(reader: TorchDistReader, parameter: Parameter, architecture: Architecture) -> Tensor:
+    key, stacked = _key_of_layer(reader, parameter)
+    whole = reader.shape(key)
+    if whole is None:
+        raise ValueError(f"{reader.folder} has no {key}.")
+    expected = _shape_in_layer(parameter, architecture.swiglu)
+    if stacked:
+        expected = (architecture.num_layers, *expected)
+    padded = parameter.row.mcore in PADDED and whole[:1] >= expected[:1]
+    if whole[padded:] != expected[padded:]:
+        raise ValueError(
+            f"{key} has shape {list(whole)} in {reader.folder}; its arguments make it "
+            f"{list(expected)}."
+        )
+    first = _first_row(parameter)
+    ranges = [(first, first + parameter.shape[0]), *((0, size) for size in parameter.shape[1:])]
+    if not stacked:
+        return reader.read(key, ranges)
+    return reader.read(key, [(parameter.layer, parameter.layer + 1), *ranges]).squeeze(0)
+
+
+def _refuse_others(reader: TorchDistReader, architecture: Architecture) -> None:
+    known = {_key_of_layer(reader, parameter)[0] for parameter in parameters(architecture)}
+    prefixes = ("embedding.", "decoder.", "output_layer.")
+    for key in reader.entries:
+        if key.startswith(prefixes) and reader.shape(key) is not None and key not in known:
+            raise ValueError(f"{reader.folder} has {key}, of which its arguments know nothing.")
+
+
+def _write(
+    writer: TorchDistWriter, parameter: Parameter, tensor: Tensor, arguments: Namespace
+) -> None:
+    key, first = _key(parameter), _first_row(parameter)
+    shape = _shape_in_layer(parameter, arguments.swiglu)
+    if parameter.row.mcore in PADDED:
+        shape = (arguments.padded_vocab_size, *shape[1:])
+        if shape[0] > len(tensor):
+            padding = tensor.new_zeros(shape[0] - len(tensor), *shape[1:])
+            writer.write(key, shape, (len(tensor), 0), padding)
+    offsets = (first, *(0,) * (len(shape) - 1))
+    if parameter.layer is not None:
+        shape, offsets = (arguments.num_layers, *shape), (parameter.layer, *offsets)
+        tensor = tensor.unsqueeze(0)
+    writer.write(key, shape, offsets, tensor)

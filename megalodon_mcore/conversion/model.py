@@ -1,0 +1,69 @@
+"""A checkpoint that is open for reading, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.conversion.mapping import Parameter
+
+
+class Tokenizer(NamedTuple):
+    """What turned text into this model's tokens.
+
+    kind is Megatron's --tokenizer-type. files are the tokenizer's own, none where it has none.
+    """
+
+    kind: str
+    files: tuple[Path, ...] = ()
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+@dataclass
+class OpenModel:
+    """A checkpoint's contents; tensors are read one at a time, when they are asked for."""
+
+    architecture: Architecture
+    dtype: torch.dtype
+    """Of all parameters that do not stay float32."""
+    fetch: Callable[[Parameter], Tensor]
+    """Reads one parameter as it is stored.
+
+    Raises:
+        ValueError: it is missing, or its file is damaged.
+    """
+    tokenizer: Tokenizer | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    """How it was trained, in words for a model card and the numbers to them."""
+
+    def read(self, parameter: Parameter, dtype: torch.dtype | None = None) -> Tensor:
+        """One parameter, checked and in the type it is to be written in.
+
+        Raises:
+            ValueError: as fetch, or its shape or type is not the configuration's, or a value is
+                NaN or infinite.
+        """
+        tensor = self.fetch(parameter)
+        if tuple(tensor.shape) != parameter.shape:
+            raise ValueError(
+                f"{parameter.hf} has shape {list(tensor.shape)}; the configuration makes it "
+                f"{list(parameter.shape)}."
+            )
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{parameter.hf} has type {tensor.dtype}; it takes floating point.")
+        # A sum is NaN or infinite if a value is, and needs no second tensor of that size.
+        if not tensor.sum(dtype=torch.float64).isfinite():
+            raise ValueError(f"{parameter.hf} has NaN or infinite values.")
+        return tensor.to(torch.float32 if parameter.float32 else dtype or self.dtype)
+
+    def written_dtype(self, parameter: Parameter, dtype: torch.dtype | None) -> torch.dtype:
+        """What `read` returns it in."""
+        return torch.float32 if parameter.float32 else dtype or self.dtype

@@ -1,0 +1,78 @@
+"""Writes a torch_dist checkpoint (torch.distributed.checkpoint's format) piece by piece."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+DATA = "__0_0.distcp"
+
+
+class TorchDistWriter:
+    """Appends tensors and objects to one data file; `finish` makes it a checkpoint.
+
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file = (folder / DATA).open("wb")
+        self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self.places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def write(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], part: Tensor):  # noqa: ANN201
+        """Adds the part of tensor `key`, which has this shape, that begins at these offsets."""
+        chunk = ChunkStorageMetadata(torch.Size(offsets), part.shape)
+        entry = self.entries.setdefault(
+            key,
+            TensorStorageMetadata(
+                TensorProperties.create_from_tensor(part), torch.Size(shape), chunks=[]
+            ),
+        )
+        entry.chunks.append(chunk)
+        # torch.save writes a view's whole storage.
+        own = part.untyped_storage().nbytes() == part.numel() * part.element_size()
+        self._append(MetadataIndex(key, chunk.offsets), part if own else part.clone())
+
+    def write_object(self, key: str, value: Any) -> None:  # noqa: ANN401
+        """Adds an object that is no tensor."""
+        self.entries[key] = BytesStorageMetadata()
+        self._append(MetadataIndex(key), value)
+
+    def finish(self) -> None:
+        """Writes what makes the folder a checkpoint."""
+        self.file.close()
+        metadata = Metadata(self.entries, storage_data=self.places)
+        (self.folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (self.folder / "metadata.json").write_text(json.dumps(backend))
+
+    def close(self) -> None:
+        """Lets go of the file, finished or not."""
+        self.file.close()
+
+    def _append(self, index: MetadataIndex, value: Any) -> None:  # noqa: ANN401
+        start = self.file.tell()
+        if isinstance(value, Tensor):
+            torch.save(value.detach().contiguous(), self.file)
+        else:
+            buffer = io.BytesIO()
+            torch.save(value, buffer)
+            self.file.write(buffer.getbuffer())
+        self.places[index] = _StorageInfo(DATA, start, self.file.tell() - start)

@@ -1,0 +1,182 @@
+"""One trained model in every format computes the same logits; the judge is float64."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conversion_samples import convert
+
+import straight_line
+from megalodon_mcore.conversion.mapping import parameters
+from megalodon_mcore.conversion.mcore_checkpoint import open_mcore
+from megalodon_mcore.conversion.released import open_released
+from training.runs import DATA, MODEL, SCHEDULE, launch, save_to, train
+
+TIED = tuple(z for z in MODEL if z != "--untie-embeddings-and-output-weights")
+PADDING = ("--make-vocab-size-divisible-by", "64")
+CASES = {
+    "one-process": ((*MODEL, "--swiglu", "--megalodon-rescale-nffn"), 1),
+    "tp2-pp2-cp2": (
+        (
+            *(*TIED, "--swiglu", "--megalodon-rescale-nffn", "--megalodon-scale-embedding"),
+            *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+            *("--context-parallel-size", "2", "--sequence-parallel"),
+        ),
+        8,
+    ),
+    "tp4-shared-heads-bf16": (
+        (*MODEL, "--bf16", "--tensor-model-parallel-size", "4", "--megalodon-num-heads", "1"),
+        4,
+    ),
+}
+TOLERANCE = 1e-5
+"""Largest difference over the largest logit, of float32 from float64."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[z if z == "one-process" else pytest.param(z, marks=pytest.mark.slow) for z in CASES],
+)
+def formats(request, tmp_path_factory):
+    """A trained checkpoint's folder by format. Of a bf16 one, the float32 model of its weights."""
+    arguments, processes = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    train(
+        folder / "run",
+        *(*arguments, *DATA, *SCHEDULE, *PADDING, *save_to(folder / "trained")),
+        processes=processes,
+    )
+    made = {name: folder / name for name in ("mcore", "hf", "released", "from-released", "bf16")}
+    wide = ("--dtype", "float32")
+    assert convert("mcore", "hf", folder / "trained", made["hf"], *wide) == 0
+    assert convert("mcore", "released", folder / "trained", made["released"], *wide) == 0
+    assert convert("hf", "mcore", made["hf"], made["mcore"], *PADDING) == 0
+    assert convert("released", "mcore", made["released"], made["from-released"]) == 0
+    assert convert("hf", "released", made["hf"], made["bf16"], "--dtype", "bf16") == 0
+    return {"trained": folder / "trained"} | made
+
+
+def tokens_of(vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (2, 75), generator=generator)
+
+
+def by_equations(checkpoint):
+    """float64 logits [2, 75, V] from the equations, of weights read from a Megatron checkpoint."""
+    model = open_mcore(checkpoint)
+    shape, joined = model.architecture, {}
+    for parameter in parameters(shape):
+        joined.setdefault(parameter.mcore, []).append(parameter)
+    state = {
+        name: torch.cat([model.read(part) for part in parts], parts[0].row.part.axis)
+        if parts[0].row.part
+        else model.read(parts[0])
+        for name, parts in joined.items()
+    }
+    return straight_line.model(
+        tokens_of(shape.vocab_size),
+        {name: tensor.double() for name, tensor in state.items()},
+        shape,
+        *(shape.num_layers, shape.num_heads, shape.swiglu, shape.norm_eps, shape.rotary_base),
+    )
+
+
+def by_megatron(checkpoint, folder):
+    vocab_size = open_mcore(checkpoint).architecture.vocab_size
+    torch.save(tokens_of(vocab_size), folder / "tokens.pt")
+    done = launch(
+        str(Path(__file__).with_name("mcore_logits.py")),
+        *(str(checkpoint), str(folder / "tokens.pt"), str(folder / "logits.pt")),
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {n: z[..., :vocab_size] for n, z in torch.load(folder / "logits.pt").items()}
+
+
+def by_transformers(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        return model(tokens_of(model.config.vocab_size)).logits
+
+
+def by_megalodon_jax(folder):
+    """Through megalodon-jax's own loader of released checkpoints."""
+    jax = pytest.importorskip("jax")
+    megalodon_jax = pytest.importorskip("megalodon_jax")
+    import numpy as np
+    from megalodon_jax.convert import load_upstream_checkpoint
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    shape = open_released(folder).architecture
+    config = megalodon_jax.MegalodonConfig(
+        vocab_size=shape.vocab_size,
+        model_dim=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        z_dim=shape.z_dim,
+        value_dim=shape.value_dim,
+        ffn_hidden_dim=shape.ffn_hidden_size,
+        cema_ndim=shape.cema_ndim,
+        chunk_size=shape.chunk_size,
+        norm_num_groups=shape.norm_num_groups,
+        norm_eps=shape.norm_eps,
+        rope_base=shape.rotary_base,
+        swiglu=shape.swiglu,
+        rescale_nffn=shape.rescale_nffn,
+        scale_emb=shape.scale_embedding,
+        share_emb=shape.tied,
+    )
+    judge = load_upstream_checkpoint(folder, config, key=jax.random.PRNGKey(0))
+    logits, _ = judge(tokens_of(shape.vocab_size).numpy())
+    return torch.from_numpy(np.array(logits))
+
+
+def relative(actual, expected):
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def test_logits_agree(formats, tmp_path):
+    expected = by_equations(formats["trained"])
+    assert torch.equal(by_equations(formats["mcore"]), expected)
+    assert torch.equal(by_equations(formats["from-released"]), expected)
+    found = {
+        "transformers": by_transformers(formats["hf"]),
+        "megalodon-jax": by_megalodon_jax(formats["released"]),
+        **by_megatron(formats["mcore"], tmp_path),
+    }
+    errors = {name: relative(logits, expected) for name, logits in found.items()}
+    assert max(errors.values()) < TOLERANCE, errors
+    # The trained model is not a fresh one: it has learned which tokens there are.
+    assert expected.abs().max() > 1
+
+
+def test_bf16_is_near(formats):
+    expected = by_equations(formats["trained"])
+    assert 0 < relative(by_megalodon_jax(formats["bf16"]), expected) < 0.1
+
+
+def test_greedy_generation_is_the_same_over_chunk_boundaries(formats):
+    from transformers import AutoModelForCausalLM
+
+    # Chunks have 16 positions; the prompt and what follows are in five of them.
+    prompt = list(range(3, 24))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "megalodon_mcore", "generate", "--temperature", "0"),
+            *("--checkpoint", str(formats["mcore"]), "--prompt", " ".join(map(str, prompt))),
+            *("--tokens", "50", "--ignore-end"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = AutoModelForCausalLM.from_pretrained(formats["hf"], trust_remote_code=True)
+    model.generation_config.eos_token_id = None
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)
+    assert done.stdout.split() == [str(token) for token in made[0].tolist()]
