@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..dispatch import use_triton
 from .portable import cema_portable, cema_response_portable, coefficients, powers
 
 __all__ = ["cema", "cema_response", "coefficients", "powers"]
@@ -49,6 +50,10 @@ def cema(
         ValueError: an argument's shape or dtype is not as above.
     """
     _check(x, alpha, delta, theta, gamma, omega, state)
+    if use_triton(x):
+        from .triton import cema_triton
+
+        return cema_triton(x, alpha, delta, theta, gamma, omega, state, return_state)
     return cema_portable(x, alpha, delta, theta, gamma, omega, state, return_state)
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..dispatch import use_triton
 from .naive import TimestepNormState, timestep_norm_naive
 from .portable import timestep_norm_portable, timestep_statistics_portable
 
@@ -53,6 +54,10 @@ def timestep_norm(
         ValueError: a shape or type does not fit.
     """
     _check(x, weight, bias, num_groups, state, mask)
+    if x.numel() and use_triton(x):
+        from .triton import timestep_norm_triton
+
+        return timestep_norm_triton(x, weight, bias, num_groups, eps, state, mask, return_state)
     return timestep_norm_portable(x, weight, bias, num_groups, eps, state, mask, return_state)
 
 
@@ -74,6 +79,10 @@ def timestep_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
             f"x is {list(x.shape)} and num_groups {num_groups}; x must be [batch, length, D] with "
             "length at least 1 and num_groups must divide D."
         )
+    if x.numel() and use_triton(x):
+        from .triton import timestep_statistics_triton
+
+        return timestep_statistics_triton(x, num_groups)
     return timestep_statistics_portable(x, num_groups)
 
 

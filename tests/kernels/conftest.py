@@ -1,0 +1,61 @@
+"""Tests marked `interpreted` run in a second pytest, with Triton in its interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported and when it meets a kernel, so that one process
+holds either interpreted or compiled kernels. The first such test of a file that comes up sends all
+that were selected there to one process; each then reports its own outcome.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+OUTCOMES = pytest.StashKey[dict]()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted: runs Triton kernels in their interpreter")
+    config.stash[OUTCOMES] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if not _interpreted(pyfuncitem) or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    outcomes = pyfuncitem.config.stash[OUTCOMES]
+    path = pyfuncitem.path
+    if path not in outcomes:
+        items = pyfuncitem.session.items
+        selected = [item for item in items if item.path == path and _interpreted(item)]
+        outcomes[path] = _run(path, selected)
+    failure = outcomes[path].get(pyfuncitem.name, "It did not run in the interpreting process.")
+    if failure:
+        pytest.fail(failure, pytrace=False)
+    return True
+
+
+def _interpreted(item):
+    return item.get_closest_marker("interpreted") is not None
+
+
+def _run(path, items):
+    """What went wrong in each test, by name; empty where nothing did."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider"]
+        names = [f"{path}::{item.name}" for item in items]
+        done = subprocess.run(
+            [*command, f"--junitxml={report}", *names],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=items[0].config.rootpath,
+            capture_output=True,
+            text=True,
+        )
+        if not report.exists():
+            return {item.name: done.stdout + done.stderr for item in items}
+        cases = ElementTree.parse(report).iter("testcase")
+        return {case.get("name"): "\n".join(part.text or "" for part in case) for case in cases}

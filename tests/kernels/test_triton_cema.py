@@ -1,0 +1,144 @@
+"""CEMA's Triton kernels, interpreted, against the float64 loop.
+
+The interpreter multiplies in float32 on the CPU, whatever input_precision says; the errors here
+are those of the algorithm and of its order of sums: 4e-7 at most where the portable path's
+tolerance of 3e-6 is asked for.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from megalodon_mcore.kernels.cema import cema
+from megalodon_mcore.kernels.cema.naive import cema_naive
+from test_cema import (
+    NAMES,
+    TOLERANCE,
+    as_double,
+    check_against_naive,
+    error,
+    extreme_inputs,
+    make_inputs,
+)
+
+pytestmark = pytest.mark.interpreted
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    from megalodon_mcore.kernels.cema import triton
+
+    monkeypatch.setenv("MEGALODON_KERNELS", "triton")
+    return triton
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+@pytest.mark.parametrize("length", [1, 16, 17, 63, 65, 130])
+@pytest.mark.parametrize(("batch", "channels", "ndim"), [(1, 1, 1), (2, 11, 3), (3, 8, 16)])
+def test_matches_naive(batch, length, channels, ndim, return_state):
+    inputs = make_inputs(batch, length, channels, ndim, length, torch.float32)
+    check_against_naive(inputs, return_state=return_state)
+
+
+@pytest.mark.parametrize("lanes", [2, 16])
+@pytest.mark.parametrize("segment", [1, 3, 64])
+def test_segments(kernels, monkeypatch, lanes, segment):
+    """Of one block, of three with a shorter one at the end, and one segment of all."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "LANES", lanes)
+    monkeypatch.setattr(kernels, "SEGMENT", segment)
+    walk = kernels.Walk.of(torch.empty(2, 16 * 16, 5), 4)
+    assert walk.segment == min(segment, 2 * 16 // lanes)
+    check_against_naive(make_inputs(2, 16 * 16 + 5, 5, 4, dtype=torch.float32))
+
+
+def test_more_components_than_a_block_has_steps():
+    check_against_naive(make_inputs(1, 48, 3, 20, dtype=torch.float32))
+
+
+def test_without_a_state():
+    check_against_naive(make_inputs(2, 64, 3, 4, dtype=torch.float32), with_state=False)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "sliced", "expanded"])
+def test_strides(strides):
+    inputs = make_inputs(2, 50, 6, 4, dtype=torch.float32)
+    x = inputs[0].detach()
+    if strides == "contiguous":
+        x = x.contiguous()
+    elif strides == "sliced":
+        x = torch.stack([x, x + 1], dim=-1).repeat(1, 2, 1, 1)[:, ::2, :, 1]
+    else:
+        x = x[:1].expand(2, -1, -1)
+    inputs[0] = x.requires_grad_()
+    check_against_naive(inputs)
+
+
+def cut(x):
+    """float32 to bfloat16 by dropping digits, as the interpreter does where a card rounds."""
+    return (x.contiguous().view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def test_bfloat16_is_cast_only_at_the_ends():
+    wide = make_inputs(2, 64, 5, 16, dtype=torch.float32)
+    narrow = [wide[0].detach().bfloat16().requires_grad_(), *wide[1:]]
+    wide[0] = narrow[0].detach().float().requires_grad_()
+    results = []
+    for inputs in (narrow, wide):
+        y, end = cema(*inputs, return_state=True)
+        grads = torch.autograd.grad([y, end], inputs, [torch.ones_like(y), torch.ones_like(end)])
+        results.append([y, grads[0], end, *grads[1:]])
+    for index, (value, expected) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(value, cut(expected) if index < 2 else expected)
+
+
+def test_extreme_parameters(kernels, monkeypatch):
+    """|q| from 1 - 1e-13 to 1e-26, over segments as long as they get."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "LANES", 2)
+    inputs = extreme_inputs(2048)
+    references = as_double(inputs)
+    assert kernels.Walk.of(inputs[0], 4).segment == kernels.SEGMENT
+    y, state = cema(*inputs, return_state=True)
+    y_ref, state_ref = cema_naive(*references)
+    for value, reference in ((y, y_ref), (state, state_ref)):
+        scale = reference.abs().amax(1 if value is y else 2)
+        worst = (value - reference).abs().amax(1 if value is y else 2)
+        assert (worst / scale).max() < TOLERANCE
+    grads = torch.autograd.grad(y.sum() + state.real.sum(), inputs)
+    grad_refs = torch.autograd.grad(y_ref.sum() + state_ref.real.sum(), references)
+    for name, grad, grad_ref in zip(NAMES, grads, grad_refs, strict=True):
+        # Terms of theta's cancel: 1.7e-5 here, and 1.2e-5 on the portable path.
+        assert error(grad, grad_ref) < (4e-5 if name == "theta" else TOLERANCE), name
+
+
+@pytest.mark.parametrize("length", [16, 63, 130])
+def test_uninitialized_memory_is_never_read_and_twice_gives_the_same(length, monkeypatch):
+    made = []
+
+    def poisoned(original, *args, **kwargs):
+        made.append(original(*args, **kwargs).fill_(float("nan")))
+        return made[-1]
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, partial(poisoned, getattr(torch, name)))
+    inputs = make_inputs(2, length, 3, 4, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        y, state = cema(*inputs, return_state=True)
+        runs.append([y, state, *torch.autograd.grad(y.sum() + state.abs().sum(), inputs)])
+    assert made
+    for a, b in zip(*runs, strict=True):
+        assert not a.isnan().any() and torch.equal(a, b)
+
+
+def test_precision_follows_torch(kernels):
+    walk = kernels.Walk.of(torch.empty(1, 16, 3), 4)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert walk.constants()["PRECISION"] == "tf32x3"
+        torch.set_float32_matmul_precision("high")
+        assert walk.constants()["PRECISION"] == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)

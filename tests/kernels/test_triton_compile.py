@@ -1,0 +1,122 @@
+"""Every TimestepNorm and CEMA kernel compiles for cards that are not here, without spills.
+
+The launches are those that the operators make for tensors of the sizes 200m and 7b, on the meta
+device; ptxas reports registers, spills and the shared memory of a block.
+"""
+
+from contextlib import nullcontext
+from functools import lru_cache
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import SHARED_MEMORY, compile_for, launches
+from megalodon_mcore.kernels.cema.triton import cema_triton
+from megalodon_mcore.kernels.timestep_norm.triton import (
+    timestep_norm_triton,
+    timestep_statistics_triton,
+)
+
+NDIM = 16
+# Channels, groups.
+SIZES = {"200m": (1024, 32), "7b": (4096, 64)}
+
+
+def norm(channels, groups, dtype, batch, length, masked):
+    x = torch.empty(batch, length, channels, dtype=dtype, device="meta", requires_grad=True)
+    weight, bias = (torch.empty(channels, device="meta", requires_grad=True) for _ in range(2))
+    mask = torch.empty(batch, length, dtype=torch.bool, device="meta") if masked else None
+    y, state = timestep_norm_triton(x, weight, bias, groups, 1e-5, None, mask, True)
+    torch.autograd.grad((y, state.mean, state.var), (x, weight), (y, state.mean, state.var))
+
+
+def statistics(channels, groups, dtype, batch, length):
+    x = torch.empty(batch, length, channels, dtype=dtype, device="meta", requires_grad=True)
+    values = timestep_statistics_triton(x, groups)
+    torch.autograd.grad(values, x, values)
+
+
+def cema(channels, dtype, batch, length):
+    shapes = [(channels, NDIM, 1)] * 2 + [(channels, 1, 1), (channels, NDIM, 2), (channels, 1)]
+    x = torch.empty(batch, length, channels, dtype=dtype, device="meta", requires_grad=True)
+    params = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+    # There is no autocast of the meta device, to be switched off either.
+    with patch("torch.autocast", lambda *args, **kwargs: nullcontext()):
+        y, end = cema_triton(x, *params, None, True)
+        torch.autograd.grad((y, end), (x, *params), (y, end))
+
+
+@lru_cache
+def launched(size, dtype):
+    """The different launches of a training step on 4,096 tokens."""
+    channels, groups = SIZES[size]
+    found = {}
+    for function, arguments in (
+        (norm, (channels, groups, dtype, 1, 4096, False)),
+        (norm, (channels, groups, dtype, 1, 4096, True)),
+        (statistics, (channels, groups, dtype, 1, 4096)),
+        (cema, (channels, dtype, 1, 4096)),
+    ):
+        for launch in launches(function, *arguments):
+            source = launch.source()
+            found[launch.kernel.__name__, source.hash()] = launch
+    return list(found.values())
+
+
+def test_all_kernels_are_launched():
+    names = {launch.kernel.__name__ for launch in launched("7b", torch.bfloat16)}
+    assert names == {
+        *("totals_kernel", "forward_kernel", "backward_totals_kernel", "backward_kernel"),
+        *("statistics_backward_kernel", "walk_kernel", "scan_kernel", "gradient_kernel"),
+    }
+
+
+# The small size is the one that asks less: a single card stands for all of them.
+CARDS = {"200m": list(SHARED_MEMORY)[:1], "7b": list(SHARED_MEMORY)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("size", "capability"), [(size, card) for size, cards in CARDS.items() for card in cards]
+)
+def test_compiles_without_spills(size, dtype, capability):
+    for launch in launched(size, dtype):
+        report = compile_for(launch, capability)
+        name = launch.kernel.__name__
+        constants = {k: v for k, v in launch.keywords.items() if v is True}
+        print(f"{size} {dtype} {capability} {name} {' '.join(constants)}: {report}")
+        assert report.spilled == 0, (name, report)
+        assert report.shared <= SHARED_MEMORY[capability], (name, report)
+
+
+@pytest.mark.slow
+def test_smallest_tensors_compile():
+    """Where Triton takes sizes of one for constants."""
+    calls = [
+        (norm, (1, 1, torch.float32, 1, 1, True)),
+        (statistics, (1, 1, torch.float32, 1, 1)),
+        (cema, (1, torch.float32, 1, 16)),
+    ]
+    for function, arguments in calls:
+        for launch in launches(function, *arguments):
+            compile_for(launch, 90)
+
+
+def test_matrix_products_take_tensor_cores():
+    """Warp-level matrix instructions in TF32, none of them a loop of scalar products."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    launch = next(
+        launch
+        for launch in launched("200m", torch.bfloat16)
+        if launch.kernel.__name__ == "gradient_kernel"
+    )
+    compiled = triton.compile(
+        launch.source(), target=GPUTarget("cuda", 90, 32), options=launch.options()
+    )
+    assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32" in compiled.asm["ptx"]
