@@ -1,5 +1,8 @@
 # Sourced by scripts: makes .venv with Python 3.12, installs the project into it and enters it.
 # Usage, in the repository's root: . examples/environment.sh; enter_environment [EXTRAS of setup.py]
+# The variables environment and constraints name another folder and another file of versions.
+environment=${environment:-.venv}
+constraints=${constraints:-constraints.txt}
 
 find_python() {
     local candidate
@@ -14,12 +17,12 @@ find_python() {
 
 make_environment() {
     local python
-    [ -x .venv/bin/python ] && return
+    [ -x "$environment"/bin/python ] && return
     python=$(find_python)
     if [ -n "$python" ]; then
-        "$python" -m venv .venv
+        "$python" -m venv "$environment"
     elif command -v uv >/dev/null; then
-        uv venv --quiet --seed --python 3.12 .venv
+        uv venv --quiet --seed --python 3.12 "$environment"
     else
         echo "Python 3.12 was not found as python3.12, under pyenv or through uv; install one." >&2
         return 1
@@ -28,14 +31,14 @@ make_environment() {
 
 install_project() {
     local target=.${1:+[$1]} stamp
-    stamp=.venv/.installed-$(printf '%s' "$target" | cat - setup.py constraints.txt | cksum | cut -d' ' -f1)
+    stamp="$environment"/.installed-$(printf '%s' "$target" | cat - setup.py "$constraints" | cksum | cut -d' ' -f1)
     [ -e "$stamp" ] && return
-    echo "Installing megalodon-mcore into .venv (several minutes the first time)..."
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable "$target" || return 1
+    echo "Installing megalodon-mcore into $environment (several minutes the first time)..."
+    "$environment"/bin/python -m pip install --quiet --constraint "$constraints" --editable "$target" || return 1
     touch "$stamp"
 }
 
 enter_environment() {
     make_environment && install_project "${1:-}" || exit 1
-    . .venv/bin/activate
+    . "$environment"/bin/activate
 }
