@@ -43,7 +43,7 @@ def cema(
         where return_state is false. Both are differentiable (once) in x, state and the five
         parameters. The arithmetic is float32; for float64 x, with float64 parameters and a
         complex128 state, it is float64. Autocast is off inside; torch's setting of float32
-        matmul precision (TF32) applies. A NaN or infinity in x may also reach outputs up to 63
+        matmul precision (TF32) applies. A NaN or infinity in x may also reach outputs up to 31
         steps before it.
 
     Raises:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch import on_device_of
-from .portable import _block_map, _recurrence, cema_portable, coefficients, powers
+from .portable import _recurrence, block_map, cema_portable, coefficients, powers
 
 BLOCK = 16
 LANES = 16
@@ -288,11 +288,11 @@ def _build(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The map of a block [D, T+2N, T+2N], q^T in double, and log|q| and phase of q."""
     p, log_magnitude, turns = coefficients(alpha, delta, theta)
-    steps = torch.arange(BLOCK + 1, device=alpha.device)
-    q_powers = powers(log_magnitude, turns, steps)
+    whole = block_map(p, log_magnitude, turns, gamma, omega, BLOCK)
     log_magnitude, turns = log_magnitude.detach(), turns.detach()
-    q_block = powers(log_magnitude, turns, steps[-1:], torch.float64)[:, 0]
-    return _block_map(p.float(), q_powers, gamma, omega), q_block, log_magnitude, turns
+    steps = torch.tensor([BLOCK], device=alpha.device)
+    q_block = powers(log_magnitude, turns, steps, torch.float64)[:, 0]
+    return whole, q_block, log_magnitude, turns
 
 
 def _join(write: Tensor, rest: Tensor, turn: Tensor, ndim: int) -> Tensor:
