@@ -156,6 +156,9 @@ def check_model(model_config: Any) -> None:  # noqa: ANN401
 
 def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Adds `--megalodon-*` to Megatron's parser and makes its defaults Megalodon's."""
+    from megalodon_mcore.kernels.fp8_linear import RECIPES
+    from megalodon_mcore.layers.submodules import LINEAR_LAYERS
+
     group = parser.add_argument_group(
         title="megalodon", description="Values of Megalodon that Megatron has no argument for."
     )
@@ -211,6 +214,18 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
         default="contiguous",
         help="How context parallelism cuts a sequence (contiguous): in order, or as Megatron's "
         "scripts do.",
+    )
+    group.add_argument(
+        "--megalodon-emulated-fp8",
+        choices=list(RECIPES),
+        help="Compute linear layers as FP8 tensor cores would, by casting: for experiments without "
+        "them. (For FP8 itself, --transformer-impl transformer_engine --fp8-format.)",
+    )
+    group.add_argument(
+        "--megalodon-emulated-fp8-layers",
+        nargs="+",
+        choices=LINEAR_LAYERS,
+        help="Which linear layers emulate FP8 (all of them).",
     )
     parser.set_defaults(**_defaults())
     # Megatron's own usage line runs over several hundred arguments before it says what is wrong.

@@ -33,13 +33,16 @@ from megalodon_mcore.config import (
     ResolvedMegalodonConfig,
     config_from_environment,
 )
-from megalodon_mcore.layers.block import (
-    FinalTimestepNorm,
-    MegalodonLayer,
-    MegalodonLayerSubmodules,
-)
+from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
+from megalodon_mcore.layers.emulated_fp8 import with_emulated_fp8
 from megalodon_mcore.layers.initialization import embedding_initializer
-from megalodon_mcore.validation import check_layout, check_supported
+from megalodon_mcore.layers.submodules import LINEAR_LAYERS, MegalodonLayerSubmodules
+from megalodon_mcore.validation import (
+    check_fp8_sizes,
+    check_layout,
+    check_supported,
+    check_transformer_engine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +58,15 @@ class MegalodonSpec:
         size: gives the defaults.
         sequence_order: how context parallelism cuts a sequence, contiguous or zigzag. Zigzag is
             what Megatron's get_batch does; an argument --megalodon-sequence-order comes first.
+        emulated_fp8: the recipe by which linear layers emulate FP8, or None; an argument
+            --megalodon-emulated-fp8 comes first.
+        emulated_fp8_layers: which of them; --megalodon-emulated-fp8-layers comes first.
     """
 
     size: MegalodonSize | None = None
     sequence_order: str = "zigzag"
+    emulated_fp8: str | None = None
+    emulated_fp8_layers: tuple[str, ...] = LINEAR_LAYERS
 
     def __call__(
         self,
@@ -96,7 +104,7 @@ class MegalodonSpec:
                 "rotary_base": rotary_base,
                 "sequence_order": sequence_order,
             },
-            submodules=MegalodonLayerSubmodules(),
+            submodules=self.layer_submodules(config),
         )
         return TransformerBlockSubmodules(
             layer_specs=[layer] * get_num_layers_to_build(config, vp_stage, pp_rank),
@@ -116,12 +124,44 @@ class MegalodonSpec:
             ValueError: as block_submodules.
         """
         check_supported(config, position_embedding_type)
+        self.layer_submodules(config)
         megalodon = self.resolve(config)
         arguments = _megatron_arguments()
         sequence_order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
         seq_length = getattr(arguments, "seq_length", None)
         check_layout(config, megalodon, sequence_order, seq_length)
+        if config.fp8:
+            micro_batch_size = getattr(arguments, "micro_batch_size", None)
+            check_fp8_sizes(config, megalodon, seq_length, micro_batch_size)
         return megalodon, sequence_order
+
+    def layer_submodules(self, config: TransformerConfig) -> MegalodonLayerSubmodules:
+        """The classes that --transformer-impl and --megalodon-emulated-fp8 choose.
+
+        Raises:
+            ValueError: Transformer Engine is asked for and does not import, or the emulation's
+                values are unknown or do not go with the rest.
+        """
+        arguments = _megatron_arguments()
+        recipe = getattr(arguments, "megalodon_emulated_fp8", None) or self.emulated_fp8
+        layers = (
+            getattr(arguments, "megalodon_emulated_fp8_layers", None) or self.emulated_fp8_layers
+        )
+        if config.transformer_impl == "transformer_engine":
+            if recipe is not None:
+                raise ValueError(
+                    f"--megalodon-emulated-fp8 is {recipe}, which is for Megatron's own linear "
+                    "layers; with --transformer-impl transformer_engine take --fp8-format, or take "
+                    "--transformer-impl local."
+                )
+            check_transformer_engine()
+            # Here, because it imports Transformer Engine.
+            from megalodon_mcore.layers.transformer_engine import transformer_engine_submodules
+
+            return transformer_engine_submodules(config)
+        if recipe is None:
+            return MegalodonLayerSubmodules()
+        return with_emulated_fp8(MegalodonLayerSubmodules(), recipe, layers)
 
     def resolve(self, config: TransformerConfig) -> ResolvedMegalodonConfig:
         """Megalodon's values: Megatron's arguments, then the environment, then a checkpoint's

@@ -10,6 +10,16 @@ from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.layout import check_layout as check_cuts
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
+TRANSFORMER_IMPLEMENTATIONS = ("local", "transformer_engine")
+
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 32, "mxfp8": 32}
+"""Of what every dimension of a product is a multiple, by Megatron's --fp8-recipe.
+
+Transformer Engine 2.20: cuBLAS wants 16 bytes of alignment of both operands in all three products;
+MXFP8 has blocks of 32 along each dimension, and Blackwell computes blockwise scaling as MXFP8.
+(Blockwise scaling takes smaller blocks at the edges. Only to gather a rank's hidden states in FP8
+it wants multiples of 128; else it says so and gathers in bf16.)
+"""
 
 
 def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
@@ -32,8 +42,11 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         (config.num_moe_experts, "--num-experts"),
         (config.multi_latent_attention, "--multi-latent-attention"),
         (config.mtp_num_layers, "--mtp-num-layers"),
-        (config.fp8, "--fp8-format"),
+        (config.fp8_param, "--fp8-param-gather"),
+        (config.fp8_dot_product_attention, "--fp8-dot-product-attention"),
+        (config.fp8_multi_head_attention, "--fp8-multi-head-attention"),
         (config.fp4, "--fp4-format"),
+        (config.delay_wgrad_compute, "--delay-wgrad-compute"),
         (config.cuda_graph_impl != "none", "--cuda-graph-impl"),
         (config.use_mup, "--use-mup"),
         (config.qk_layernorm, "--qk-layernorm"),
@@ -42,6 +55,21 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
     ):
         if unsupported:
             raise ValueError(f"{argument} is set, which Megalodon cannot honour; leave it out.")
+    if config.transformer_impl not in TRANSFORMER_IMPLEMENTATIONS:
+        raise ValueError(
+            f"--transformer-impl is {config.transformer_impl}; Megalodon takes "
+            f"{' or '.join(TRANSFORMER_IMPLEMENTATIONS)}."
+        )
+    if config.fp8 and config.transformer_impl != "transformer_engine":
+        raise ValueError(
+            f"--fp8-format is {config.fp8}, but only Transformer Engine's linear layers compute in "
+            "FP8; take --transformer-impl transformer_engine."
+        )
+    if config.fp8 and _name(config.fp8_recipe) not in FP8_MULTIPLES:
+        raise ValueError(
+            f"--fp8-recipe is {_name(config.fp8_recipe)}; Megalodon takes "
+            f"{', '.join(FP8_MULTIPLES)}."
+        )
     if config.hierarchical_context_parallel_sizes:
         raise ValueError(
             "--hierarchical-context-parallel-sizes is set, but Megalodon's exchange has one level; "
@@ -101,3 +129,61 @@ def check_layout(
         order=sequence_order,
     )
     check_cuts(shape, layout)
+
+
+def check_transformer_engine() -> None:
+    """Checks that --transformer-impl transformer_engine can be had.
+
+    Raises:
+        ValueError: it does not import.
+    """
+    # Megatron's wrappers look for it once, when they are first imported.
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
+        raise ValueError(
+            "--transformer-impl is transformer_engine, Megatron's default, but Transformer Engine "
+            "does not import here; install it or take --transformer-impl local."
+        )
+
+
+def check_fp8_sizes(
+    config: TransformerConfig,
+    megalodon: ResolvedMegalodonConfig,
+    seq_length: int | None,
+    micro_batch_size: int | None,
+) -> None:
+    """Checks that every product of a rank has dimensions that the FP8 recipe can take.
+
+    Raises:
+        ValueError: the first size that does not fit; one sentence names it and what would work.
+    """
+    recipe = _name(config.fp8_recipe)
+    multiple, tp = FP8_MULTIPLES[recipe], config.tensor_model_parallel_size
+    sizes = [
+        (f"--hidden-size is {config.hidden_size}", config.hidden_size, tp),
+        (f"z_dim is {megalodon.z_dim}", megalodon.z_dim, min(tp, megalodon.num_heads)),
+        (f"value_dim is {megalodon.value_dim}", megalodon.value_dim, tp),
+        (f"--ffn-hidden-size is {config.ffn_hidden_size}", config.ffn_hidden_size, tp),
+    ]
+    if seq_length is not None and micro_batch_size is not None:
+        sizes.append(
+            (
+                f"--micro-batch-size {micro_batch_size} of --seq-length {seq_length} is "
+                f"{micro_batch_size * seq_length} tokens",
+                micro_batch_size * seq_length,
+                config.context_parallel_size * (tp if config.sequence_parallel else 1),
+            )
+        )
+    for description, size, parts in sizes:
+        if size % (parts * multiple):
+            of_a_rank = f" in {parts} parts" if parts > 1 else ""
+            raise ValueError(
+                f"{description}, which{of_a_rank} is no multiple of {multiple}, as --fp8-recipe "
+                f"{recipe} needs; take a multiple of {parts * multiple}."
+            )
+
+
+def _name(recipe: object) -> str:
+    """Of an Fp8Recipe, which Megatron also takes as a string."""
+    return str(getattr(recipe, "value", recipe))

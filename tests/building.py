@@ -5,6 +5,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalodon_mcore.config import MegalodonConfig, MegalodonSize
+from megalodon_mcore.layers.submodules import LINEAR_LAYERS
 from megalodon_mcore.spec import MegalodonSpec
 
 EPS = 1e-5
@@ -23,6 +24,7 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "add_bias_linear": False,
+        "transformer_impl": "local",
         "use_cpu_initialization": True,
         "gradient_accumulation_fusion": False,
         "pipeline_dtype": torch.float32,
@@ -30,7 +32,15 @@ def transformer_config(
     return TransformerConfig(**(values | options))
 
 
-def build(own: MegalodonConfig, vocab_size=64, tied=False, rotary_base=10_000, **options):
+def build(
+    own: MegalodonConfig,
+    vocab_size=64,
+    tied=False,
+    rotary_base=10_000,
+    emulated_fp8=None,
+    emulated_fp8_layers=LINEAR_LAYERS,
+    **options,
+):
     """A GPTModel handed a MegalodonSpec straight, and the resolved Megalodon configuration."""
     config = transformer_config(**options)
     spec = MegalodonSpec(
@@ -43,7 +53,9 @@ def build(own: MegalodonConfig, vocab_size=64, tied=False, rotary_base=10_000, *
             rotary_base,
             tied,
             own,
-        )
+        ),
+        emulated_fp8=emulated_fp8,
+        emulated_fp8_layers=emulated_fp8_layers,
     )
     model = GPTModel(
         config=config,

@@ -53,6 +53,7 @@ def transformer_config(dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN4
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "add_bias_linear": False,
+        "transformer_impl": "local",
         "gradient_accumulation_fusion": False,
         "bf16": dtype == torch.bfloat16,
         "params_dtype": dtype,

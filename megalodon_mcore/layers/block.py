@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -26,16 +24,9 @@ from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
 from megalodon_mcore.layers.mixer import MegalodonMixer, MixerState
 from megalodon_mcore.layers.norms import TimestepNorm
+from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
 from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
-
-
-@dataclass
-class MegalodonLayerSubmodules:
-    """The linear layers a block is built from."""
-
-    column_parallel_linear: type = ColumnParallelLinear
-    row_parallel_linear: type = RowParallelLinear
 
 
 class MegalodonLayer(MegatronModule, BaseTransformerLayer):
@@ -73,8 +64,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         common: dict[str, Any] = {
             "config": config,
             "megalodon": megalodon,
-            "column_parallel_linear": submodules.column_parallel_linear,
-            "row_parallel_linear": submodules.row_parallel_linear,
+            "submodules": submodules,
             "pg_collection": pg_collection,
             "parallel": ModelParallel(pg_collection, config.sequence_parallel, sequence_order),
             "device": parameter_device(config),
@@ -130,10 +120,24 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         update, state = self.mixer(hidden_states, state, return_state)
         middle = hidden_states + F.dropout(update, self.config.hidden_dropout, self.training)
         if self.recompute_feed_forward and self.training:
-            output = tensor_parallel.checkpoint(self.feed_forward, False, middle)
+            output = self._recomputed_feed_forward(middle)
         else:
             output = self.feed_forward(middle)
         return hidden_states + output, state
+
+    def _recomputed_feed_forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(self.feed_forward, False, hidden_states)
+        # It sees to it that the second pass scales as the first, and leaves histories alone.
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(
+            self.feed_forward,
+            False,
+            tensor_parallel.random.get_cuda_rng_tracker,
+            self.feed_forward.tp_group,
+            hidden_states,
+        )
 
 
 # Megatron-FSDP and its checkpoints know by this class what to shard as one unit.

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from megalodon_mcore.config import ResolvedMegalodonConfig
 from megalodon_mcore.layers.float32_module import Float32Module
 from megalodon_mcore.layers.initialization import projection_initializer
-from megalodon_mcore.layers.norms import LayerNorm
+from megalodon_mcore.layers.norms import LayerNormParameters
+from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
 from megalodon_mcore.parallel import dropout_rng
 from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
@@ -45,8 +46,7 @@ class MegalodonFeedForward(MegatronModule):
         config: TransformerConfig,
         megalodon: ResolvedMegalodonConfig,
         layer_number: int,
-        column_parallel_linear: type,
-        row_parallel_linear: type,
+        submodules: MegalodonLayerSubmodules,
         pg_collection: ProcessGroupCollection,
         parallel: ModelParallel,
         device: torch.device,
@@ -57,8 +57,8 @@ class MegalodonFeedForward(MegatronModule):
         hidden_size, ffn_size = config.hidden_size, config.ffn_hidden_size
         self.hidden_dropout = megalodon.hidden_dropout
         self.swiglu = config.gated_linear_unit
-        self.norm = LayerNorm(hidden_size, config.layernorm_epsilon, device)
-        self.linear_fc1 = column_parallel_linear(
+        self.norm = submodules.feed_forward_norm(hidden_size, config.layernorm_epsilon, device)
+        self.linear_fc1 = submodules.linear_fc1(
             hidden_size,
             2 * ffn_size if self.swiglu else ffn_size,
             config=config,
@@ -66,9 +66,10 @@ class MegalodonFeedForward(MegatronModule):
             bias=False,
             gather_output=False,
             skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
             tp_group=pg_collection.tp,
         )
-        self.linear_fc2 = row_parallel_linear(
+        self.linear_fc2 = submodules.linear_fc2(
             ffn_size,
             hidden_size,
             config=config,
@@ -76,6 +77,7 @@ class MegalodonFeedForward(MegatronModule):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
+            tp_comm_buffer_name="fc2",
             tp_group=pg_collection.tp,
         )
         self.rescale = (
@@ -89,8 +91,11 @@ class MegalodonFeedForward(MegatronModule):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[length, batch, hidden_size] to the FFN's output, rescaled, without the residual."""
-        normalized = self.norm(hidden_states).to(self.config.params_dtype)
-        hidden, _ = self.linear_fc1(normalized)
+        if isinstance(self.norm, LayerNormParameters):
+            hidden, _ = self.linear_fc1(hidden_states, *self.norm())
+        else:
+            normalized = self.norm(hidden_states).to(self.config.params_dtype)
+            hidden, _ = self.linear_fc1(normalized)
         if self.swiglu:
             gate, linear = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * linear

@@ -21,6 +21,7 @@ from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import concatenated_initializer, projection_initializer
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
 from megalodon_mcore.layers.query_key import QueryKeyAffine
+from megalodon_mcore.layers.submodules import Builder, MegalodonLayerSubmodules
 from megalodon_mcore.parallel import dropout_rng
 from megalodon_mcore.parallel.checkpoint_shards import (
     TensorShare,
@@ -61,8 +62,7 @@ class MegalodonMixer(MegatronModule):
         config: TransformerConfig,
         megalodon: ResolvedMegalodonConfig,
         rotary_base: float,
-        column_parallel_linear: type,
-        row_parallel_linear: type,
+        submodules: MegalodonLayerSubmodules,
         pg_collection: ProcessGroupCollection,
         parallel: ModelParallel,
         device: torch.device,
@@ -99,13 +99,15 @@ class MegalodonMixer(MegatronModule):
         # Their inputs are gathered before and gradients of those summed after, once for all three.
         column_config = copy.copy(config)
         column_config.sequence_parallel = False
+        # Nothing is left to overlap with, and Transformer Engine's buffers have no name for these.
+        column_config.tp_comm_overlap = False
         if split.shares_heads:
             # Its gradient is summed in a hook, which a fused accumulation would pass by.
             shared_config = copy.copy(column_config)
             shared_config.gradient_accumulation_fusion = False
 
-        def column(output_size: int, shared: bool = False) -> torch.nn.Module:
-            return column_parallel_linear(
+        def column(build: Builder, output_size: int, shared: bool = False) -> torch.nn.Module:
+            return build(
                 hidden_size,
                 output_size // split.head_shares if shared else output_size,
                 config=shared_config if shared else column_config,
@@ -117,11 +119,11 @@ class MegalodonMixer(MegatronModule):
                 tp_group=split.own_group() if shared else pg_collection.tp,
             )
 
-        self.linear_z = column(megalodon.z_dim, shared=split.shares_heads)
-        self.linear_v = column(megalodon.value_dim)
-        self.linear_r = column(megalodon.value_dim)
+        self.linear_z = column(submodules.linear_z, megalodon.z_dim, shared=split.shares_heads)
+        self.linear_v = column(submodules.linear_v, megalodon.value_dim)
+        self.linear_r = column(submodules.linear_r, megalodon.value_dim)
         self.proj_columns = [hidden_size // split.size, megalodon.value_dim // split.size]
-        self.linear_proj = row_parallel_linear(
+        self.linear_proj = submodules.linear_proj(
             hidden_size + megalodon.value_dim,
             hidden_size,
             config=config,
@@ -135,6 +137,7 @@ class MegalodonMixer(MegatronModule):
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
+            tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
         if split.size > 1:

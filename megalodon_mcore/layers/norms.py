@@ -123,3 +123,21 @@ class LayerNorm(Float32Module):
             hidden_states.float(), self.weight.shape, self.weight + 1.0, self.bias, self.eps
         )
         return normalized.to(hidden_states.dtype)
+
+
+class LayerNormParameters(Float32Module):
+    """The parameters of a LayerNorm that is computed inside the linear layer after it.
+
+    They are a module of their own, and that layer gets them by calling it: so they stay float32
+    and keep LayerNorm's names, and what Megatron hooks to a module's call, such as waiting for
+    gathered parameters, happens.
+    """
+
+    def __init__(self, hidden_size: int, eps: float, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = float32_parameter((hidden_size,), device)
+        self.bias = float32_parameter((hidden_size,), device)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Weight, as an offset from one, and bias; [hidden_size] each."""
+        return self.weight, self.bias

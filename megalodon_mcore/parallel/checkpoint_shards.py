@@ -34,7 +34,7 @@ def sharded_module(
     offsets: Offsets,
     metadata: dict | None,
 ) -> dict[str, ShardedTensor]:
-    """Entries for all tensors of a module that are shared out alike.
+    """Entries for all tensors of a module that are shared out alike, the extra state aside.
 
     A tensor with no such axis (a bias beside a weight cut along axis 1) must not be among them.
     """
@@ -50,7 +50,8 @@ def sharded_module(
             prepend_axis_num=len(offsets),
         )
         for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor)
+        # Transformer Engine's is a tensor, of bytes.
+        if isinstance(tensor, Tensor) and not name.endswith("_extra_state")
     }
 
 

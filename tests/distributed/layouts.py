@@ -59,6 +59,7 @@ class Layout:
     """Elements that are reduced or gathered together, there; None makes one bucket of them all."""
     recompute: str | None = None
     """full or selective"""
+    transformer_impl: str = "local"
 
     @property
     def world_size(self) -> int:
@@ -84,6 +85,7 @@ class Layout:
             **self.groups(),
             **recompute,
             "recompute_granularity": self.recompute,
+            "transformer_impl": self.transformer_impl,
             "sequence_parallel": self.sequence_parallel,
             "num_layers_in_first_pipeline_stage": self.layers_in_first_stage,
             "num_layers_in_last_pipeline_stage": self.layers_in_last_stage,

@@ -1,10 +1,18 @@
 """What Megalodon cannot do fails before training, with one sentence that names the argument."""
 
+import re
+
 import pytest
 
 from building import transformer_config
-from megalodon_mcore.config import MegalodonConfig
-from megalodon_mcore.validation import check_layout, check_supported
+from megalodon_mcore.config import SIZES, MegalodonConfig
+from megalodon_mcore.spec import MegalodonSpec
+from megalodon_mcore.validation import (
+    FP8_MULTIPLES,
+    check_fp8_sizes,
+    check_layout,
+    check_supported,
+)
 from training.runs import TINY, launch
 
 REFUSED = {
@@ -13,7 +21,10 @@ REFUSED = {
     "num_moe_experts": (4, "--num-experts is set"),
     "mtp_num_layers": (1, "--mtp-num-layers is set"),
     "multi_latent_attention": (True, "--multi-latent-attention is set"),
-    "fp8": ("hybrid", "--fp8-format is set"),
+    "fp8": ("hybrid", "--fp8-format is hybrid, but only Transformer Engine's"),
+    "fp8_param": (True, "--fp8-param-gather is set"),
+    "delay_wgrad_compute": (True, "--delay-wgrad-compute is set"),
+    "transformer_impl": ("inference_optimized", "--transformer-impl is inference_optimized; "),
     "use_mup": (True, "--use-mup is set"),
     "qk_layernorm": (True, "--qk-layernorm is set"),
     "cuda_graph_impl": ("local", "--cuda-graph-impl is set"),
@@ -34,6 +45,85 @@ def test_option_is_refused_by_name(name):
 def test_added_positions_are_refused():
     with pytest.raises(ValueError, match="--position-embedding-type is learned_absolute"):
         check_supported(transformer_config(), "learned_absolute")
+
+
+def test_missing_transformer_engine_is_refused(monkeypatch):
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "HAVE_TE", False)
+    config = transformer_config(transformer_impl="transformer_engine")
+    check_supported(config, "none")
+    with pytest.raises(ValueError, match="Transformer Engine does not import here; install it"):
+        MegalodonSpec().check(config, "none")
+
+
+def check_fp8(recipe="delayed", length=64, batch=1, hidden_size=64, ffn=96, tp=1, **options):
+    config = transformer_config(
+        hidden_size=hidden_size,
+        heads=2,
+        ffn=ffn,
+        transformer_impl="transformer_engine",
+        fp8="hybrid",
+    )
+    config.fp8_recipe = recipe
+    config.tensor_model_parallel_size = tp
+    for name, value in options.items():
+        setattr(config, name, value)
+    check_supported(config, "none")
+    own = MegalodonConfig(z_dim=64).resolve(hidden_size, 2)
+    check_fp8_sizes(config, own, length, batch)
+
+
+FP8_SIZES = {
+    "recipe": (dict(recipe="custom"), "--fp8-recipe is custom; Megalodon takes delayed, tensorwis"),
+    "hidden size": (
+        dict(hidden_size=72),
+        "--hidden-size is 72, which is no multiple of 16, as --fp8-recipe delayed needs; take a "
+        "multiple of 16.",
+    ),
+    "FFN width": (dict(ffn=72), "--ffn-hidden-size is 72, which is no multiple of 16"),
+    "a rank's FFN": (
+        dict(ffn=80, tp=2),
+        "--ffn-hidden-size is 80, which in 2 parts is no multiple of 16, as --fp8-recipe delayed "
+        "needs; take a multiple of 32.",
+    ),
+    "blocks of 32": (dict(recipe="mxfp8", ffn=80), "80, which is no multiple of 32"),
+    "blocks on Blackwell": (dict(recipe="blockwise", ffn=80), "80, which is no multiple of 32"),
+    "tokens": (
+        dict(length=40),
+        "--micro-batch-size 1 of --seq-length 40 is 40 tokens, which is no multiple of 16",
+    ),
+    "a rank's tokens": (
+        dict(length=64, batch=2, tp=2, context_parallel_size=8, sequence_parallel=True),
+        "128 tokens, which in 16 parts is no multiple of 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FP8_SIZES)
+def test_sizes_that_fp8_cannot_take_are_refused_by_name(name):
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        check_fp8(recipe)
+    check_fp8(length=8, batch=2)
+    check_fp8(length=None, batch=None)
+    options, sentence = FP8_SIZES[name]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_fp8(**options)
+
+
+def test_every_named_size_fits_every_recipe():
+    for size in SIZES.values():
+        config = transformer_config(
+            hidden_size=size.hidden_size,
+            heads=size.num_attention_heads,
+            ffn=size.ffn_hidden_size,
+            transformer_impl="transformer_engine",
+            fp8="hybrid",
+        )
+        own = size.megalodon.resolve(size.hidden_size, size.num_attention_heads)
+        for config.fp8_recipe in FP8_MULTIPLES:
+            for config.tensor_model_parallel_size in (1, 2, 4, 8):
+                check_fp8_sizes(config, own, 4096, 1)
 
 
 def test_unknown_recompute_module_is_refused():
