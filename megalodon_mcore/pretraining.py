@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -30,12 +31,30 @@ def main(argv: list[str]) -> None:
     """
     from megalodon_mcore import cpu
 
+    say_once_what_is_missing()
     cpu.install()
     prepare_megatron()
     stand_alone_environment()
     # Megatron reads its arguments from here and nowhere else.
     sys.argv = [sys.argv[0], *argv]
     run()
+
+
+def say_once_what_is_missing() -> None:
+    """Makes one line, and none without a GPU, of the many by which Megatron misses apex and TE.
+
+    Its own fall-backs (torch's AdamW and gradient clipping) do the same, more slowly. Of the rest
+    that it warns about, GPT's norms and experts, a Megalodon has none.
+    """
+    warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", "Only transformer-engine>=1.7.0 supports MoE experts")
+    found = any(map(_is_installed, ("transformer_engine", "apex")))
+    if torch.cuda.is_available() and not found and os.environ.get("RANK", "0") == "0":
+        print(
+            "Neither Transformer Engine nor apex is installed: the optimizer is torch's AdamW, "
+            "without fused kernels.",
+            file=sys.stderr,
+        )
 
 
 def prepare_megatron() -> None:
