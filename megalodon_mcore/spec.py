@@ -33,6 +33,7 @@ from megalodon_mcore.config import (
     ResolvedMegalodonConfig,
     config_from_environment,
 )
+from megalodon_mcore.layers.apex_norm import ApexLayerNorm, has_apex_norm
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
 from megalodon_mcore.layers.emulated_fp8 import with_emulated_fp8
 from megalodon_mcore.layers.initialization import embedding_initializer
@@ -159,9 +160,11 @@ class MegalodonSpec:
             from megalodon_mcore.layers.transformer_engine import transformer_engine_submodules
 
             return transformer_engine_submodules(config)
-        if recipe is None:
-            return MegalodonLayerSubmodules()
-        return with_emulated_fp8(MegalodonLayerSubmodules(), recipe, layers)
+        submodules = MegalodonLayerSubmodules()
+        if has_apex_norm(config):
+            norm = functools.partial(ApexLayerNorm, config=config)
+            submodules = dataclasses.replace(submodules, feed_forward_norm=norm)
+        return submodules if recipe is None else with_emulated_fp8(submodules, recipe, layers)
 
     def resolve(self, config: TransformerConfig) -> ResolvedMegalodonConfig:
         """Megalodon's values: Megatron's arguments, then the environment, then a checkpoint's
