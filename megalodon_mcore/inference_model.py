@@ -23,12 +23,15 @@ class LoadedModel:
     iteration: int
 
 
-def load_model(checkpoint: Path, iteration: int | None = None) -> LoadedModel:
+def load_model(
+    checkpoint: Path, iteration: int | None = None, arguments: tuple[str, ...] = ()
+) -> LoadedModel:
     """Loads a torch_dist checkpoint written by any parallel layout.
 
     Args:
         checkpoint: the folder that training had as --save.
         iteration: which of its checkpoints; the last one by default.
+        arguments: more of Megatron's, beside those of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no finished checkpoint in the folder.
@@ -50,9 +53,9 @@ def load_model(checkpoint: Path, iteration: int | None = None) -> LoadedModel:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    arguments = _arguments_for(checkpoint, iteration)
+    parsed = _parse_arguments(checkpoint, iteration, arguments)
     initialize_megatron()
-    model_config = gpt_config_from_args(arguments)
+    model_config = gpt_config_from_args(parsed)
     models = GPTModelBuilder(model_config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
@@ -60,15 +63,18 @@ def load_model(checkpoint: Path, iteration: int | None = None) -> LoadedModel:
     model = models[0]
     while hasattr(model, "module"):
         model = model.module
-    return LoadedModel(model.eval(), build_tokenizer(arguments), arguments, loaded_iteration)
+    return LoadedModel(model.eval(), build_tokenizer(parsed), parsed, loaded_iteration)
 
 
-def _arguments_for(checkpoint: Path, iteration: int | None) -> Namespace:
+def _parse_arguments(
+    checkpoint: Path, iteration: int | None, arguments: tuple[str, ...]
+) -> Namespace:
     """Megatron's arguments for one process, all of the model's from the checkpoint."""
     command_line = [
         *("--load", str(checkpoint), "--use-checkpoint-args"),
         *("--micro-batch-size", "1", "--exit-on-missing-checkpoint"),
         *("--no-load-optim", "--no-load-rng"),
+        *arguments,
     ]
     if iteration is not None:
         command_line += ["--ckpt-step", str(iteration)]
