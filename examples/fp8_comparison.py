@@ -98,6 +98,7 @@ def train(out: Path, prefix: Path, steps: int, name: str, arguments: list[str]) 
     print(f"Training {name}...", flush=True)
     for old in folder.glob("events.*"):
         old.unlink()
+    save = ("--save", str(folder / "checkpoint"), "--save-interval", str(steps))
     run_command(
         "pretrain",
         *("--micro-batch-size", str(BATCH_SIZE), "--global-batch-size", str(BATCH_SIZE)),
@@ -105,7 +106,7 @@ def train(out: Path, prefix: Path, steps: int, name: str, arguments: list[str]) 
         *("--train-iters", str(steps), "--log-interval", str(max(1, steps // 10))),
         *("--eval-interval", str(steps), "--eval-iters", "40", "--num-workers", "0"),
         *("--tensorboard-dir", str(folder), "--tensorboard-log-interval", "1"),
-        *(("--save", str(folder / "checkpoint")) if name == "float32" else ()),
+        *(save if name == "float32" else ()),
         *(*MODEL_ARGUMENTS, *OPTIMIZER_ARGUMENTS),
         *PreparedData.load(prefix).megatron_arguments(),
         *arguments,

@@ -160,7 +160,7 @@ def check_model(model_config: Any) -> None:  # noqa: ANN401
     """Resolves the spec before any process group exists, so that a wrong value fails at once.
 
     Raises:
-        SystemExit: with the one sentence of the ValueError.
+        SystemExit: with the one sentence of the ValueError, or Transformer Engine has no GPU.
     """
     from megalodon_mcore.spec import MegalodonSpec
 
@@ -171,6 +171,13 @@ def check_model(model_config: Any) -> None:  # noqa: ANN401
         spec.check(model_config.transformer, model_config.position_embedding_type)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
+    # Not torch.cuda, for which the CPU may stand in.
+    gpus = getattr(torch._C, "_cuda_getDeviceCount", int)()
+    if model_config.transformer.transformer_impl == "transformer_engine" and not gpus:
+        raise SystemExit(
+            "megalodon-mcore pretrain: --transformer-impl is transformer_engine, whose layers run "
+            "on GPUs alone, and there is none; take --transformer-impl local."
+        )
 
 
 def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:

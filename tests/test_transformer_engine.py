@@ -6,6 +6,7 @@ What needs a GPU is not tested: the modules' own kernels, FP8 among them.
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
@@ -230,3 +231,22 @@ def test_recomputation_in_fp8_is_transformer_engines(megatron):
     ):
         model(torch.arange(12).view(1, 12), None, None)
     assert [group.size() for group in calls] == [1, 1]
+
+
+@pytest.mark.skipif(
+    getattr(torch._C, "_cuda_getDeviceCount", int)() > 0, reason="there is a GPU to run it on"
+)
+def test_pretrain_refuses_it_without_a_gpu(megatron):
+    from megalodon_mcore.pretraining import check_model
+
+    for impl in ("local", "transformer_engine"):
+        model_config = SimpleNamespace(
+            transformer=transformer_config(transformer_impl=impl),
+            transformer_layer_spec=spec.megalodon,
+            position_embedding_type="none",
+        )
+        if impl == "local":
+            check_model(model_config)
+        else:
+            with pytest.raises(SystemExit, match="run on GPUs alone, and there is none; take --tr"):
+                check_model(model_config)
