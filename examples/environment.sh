@@ -1,6 +1,7 @@
 # Sourced by scripts: makes .venv with Python 3.12, installs the project into it and enters it.
 # Usage, in the repository's root: . examples/environment.sh; enter_environment [EXTRAS of setup.py]
 # The variables environment and constraints name another folder and another file of versions.
+# shellcheck shell=bash
 environment=${environment:-.venv}
 constraints=${constraints:-constraints.txt}
 
