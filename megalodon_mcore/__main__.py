@@ -11,6 +11,11 @@ PRETRAIN_HELP = (
     "(`pretrain --help` lists them)."
 )
 
+RECIPE_COMMANDS = {
+    "pretrain-recipe": "Train a Megatron-Bridge recipe (with Megatron-Bridge installed).",
+    "finetune-recipe": "Fine-tune a Hugging Face folder as a recipe says, likewise.",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 with one sentence where input was wrong."""
@@ -21,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
 
         pretraining.main(argv[1:])
         return 0
+    if argv and argv[0] in RECIPE_COMMANDS:
+        return _run_recipe(argv[0], argv[1:])
     parser, commands = _build_parser()
     args = parser.parse_args(argv)
     try:
@@ -46,7 +53,33 @@ def _build_parser() -> tuple[ArgumentParser, dict]:
     for name, (module, summary) in commands.items():
         module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
     subparsers.add_parser("pretrain", help=PRETRAIN_HELP, add_help=False)
+    for name, summary in RECIPE_COMMANDS.items():
+        subparsers.add_parser(name, help=summary, add_help=False)
     return parser, {name: module for name, (module, _) in commands.items()}
+
+
+def _run_recipe(command: str, argv: list[str]) -> int:
+    # Before Megatron-Bridge is imported, which looks at the GPU.
+    from megalodon_mcore import cpu
+    from megalodon_mcore.pretraining import prepare_megatron, stand_alone_environment
+
+    cpu.install()
+    prepare_megatron()
+    stand_alone_environment()
+    try:
+        from megalodon_mcore.bridge import run_recipe
+    except ImportError as error:
+        print(
+            f"megalodon-mcore {command}: Megatron-Bridge 0.6 cannot be imported ({error}); "
+            "tests/nvidia.sh shows how to install it.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return run_recipe.run(command, argv)
+    except ValueError as error:
+        print(f"megalodon-mcore {command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

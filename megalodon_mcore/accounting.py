@@ -81,6 +81,20 @@ def total_parameters(shape: ModelShape) -> int:
     return sum(parameters_by_part(shape).values())
 
 
+def training_flops_per_token(shape: ModelShape) -> float:
+    """Floating-point operations of the matrix products of a forward and a backward pass.
+
+    Projections, attention below the diagonal of its chunks and the output; CEMA's and element-wise
+    work is left out, and so is what recomputation repeats.
+    """
+    own = shape.megalodon
+    d, e, z = shape.hidden_size, own.value_dim, own.z_dim
+    feed_forward = (3 if shape.swiglu else 2) * d * shape.ffn_hidden_size
+    projections = d * z + 2 * d * e + (d + e) * d + feed_forward
+    attention = (z + e) * own.chunk_size / 2
+    return 6 * (shape.num_layers * (projections + attention) + d * shape.vocab_size)
+
+
 def training_bytes(shape: ModelShape, bf16: bool) -> dict[str, int]:
     """Bytes of weights, gradients and Adam state on a single rank, nothing sharded.
 

@@ -22,6 +22,7 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
 - init_process_group, new_group, barrier: gloo for nccl, and no device ids.
 - multiprocessing's spawned children, one of which writes checkpoints: they install it too.
 - TORCHDYNAMO_DISABLE: 1, because Megatron's jit_fuser compiles.
+- Transformer Engine's optimizers: an ImportError, on which Megatron takes torch's.
 - CUDA_DEVICE_MAX_CONNECTIONS: 1 unless it is set, which Megatron demands for overlap on a GPU.
 - Megatron's warning that the CPU's RNG state changed: silence, for the two states are one here.
 
@@ -32,6 +33,7 @@ Transformer Engine's and Triton's do, refuse by themselves.
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import multiprocessing.spawn
 import os
@@ -418,6 +420,16 @@ class _StandIn:
         logger.addFilter(about_something_else)
         self._undo.callback(logger.removeFilter, about_something_else)
 
+    def _hide_fused_optimizers(self) -> None:
+        name = "transformer_engine.pytorch.optimizers"
+        if importlib.util.find_spec("transformer_engine") is None:
+            return
+        with contextlib.suppress(ImportError):
+            # It imports them itself, so it comes first.
+            importlib.import_module("transformer_engine.pytorch")
+            self._undo.callback(sys.modules.__setitem__, name, sys.modules[name])
+            sys.modules[name] = None
+
     def put_in_place(self) -> None:
         """Replaces everything, or nothing where a replacement fails."""
         with contextlib.ExitStack() as on_failure:
@@ -427,6 +439,7 @@ class _StandIn:
             self._replace_tensor_methods()
             self._replace_torch_functions()
             self._replace_distributed()
+            self._hide_fused_optimizers()
             self._enter_threads_and_processes()
             on_failure.pop_all()
 

@@ -35,45 +35,55 @@ class Row(NamedTuple):
     """Whether it stays float32 in a bf16 checkpoint."""
     part: Part | None = None
     """Its place in Megatron's parameter, where that holds more."""
+    tp: int | None = None
+    """The axis that Megatron's tensor parallelism cuts; None where ranks have copies. The Z rows of
+    an axis are cut by heads, which several ranks may share."""
     only: str = ""
     """The Architecture's flag that it exists with; "not tied" for its opposite."""
+
+    def exists_in(self, architecture: Architecture) -> bool:
+        """Whether a model of this architecture has it."""
+        flag = self.only.removeprefix("not ")
+        return not flag or getattr(architecture, flag) != self.only.startswith("not ")
 
 
 LAYER_ROWS = (
     Row("mixer.timestep_norm.weight", "timestep_norm.weight", "mega.timenorm.weight", "D", 0, True),
     Row("mixer.timestep_norm.bias", "timestep_norm.bias", "mega.timenorm.bias", "D", 0, True),
-    Row("mixer.cema.alpha", "cema.alpha", "mega.cema.alpha", "D N 1", 0, True),
-    Row("mixer.cema.delta", "cema.delta", "mega.cema.delta", "D N 1", 0, True),
-    Row("mixer.cema.theta", "cema.theta", "mega.cema.theta", "D 1 1", 0, True),
-    Row("mixer.cema.gamma", "cema.gamma", "mega.cema.gamma", "D N 2", 0, True),
-    Row("mixer.cema.omega", "cema.omega", "mega.cema.omega", "D 1", 0, True),
+    Row("mixer.cema.alpha", "cema.alpha", "mega.cema.alpha", "D N 1", 0, True, tp=0),
+    Row("mixer.cema.delta", "cema.delta", "mega.cema.delta", "D N 1", 0, True, tp=0),
+    Row("mixer.cema.theta", "cema.theta", "mega.cema.theta", "D 1 1", 0, True, tp=0),
+    Row("mixer.cema.gamma", "cema.gamma", "mega.cema.gamma", "D N 2", 0, True, tp=0),
+    Row("mixer.cema.omega", "cema.omega", "mega.cema.omega", "D 1", 0, True, tp=0),
     Row("mixer.cema_norm.weight", "cema_norm.weight", "mega.rmsnorm.weight", "D", None, True),
-    Row("mixer.linear_z.weight", "wz.weight", "mega.wz.weight", "Z D", 0),
-    Row("mixer.linear_z.bias", "wz.bias", "mega.wz.bias", "Z", 0),
-    Row("mixer.query_key.weight", "query_key.weight", "mega.gamma", "2 Z", 1, True),
-    Row("mixer.query_key.bias", "query_key.bias", "mega.beta", "2 Z", 1, True),
-    Row("mixer.linear_v.weight", "wv.weight", "mega.wv.weight", "E D", 0),
-    Row("mixer.linear_v.bias", "wv.bias", "mega.wv.bias", "E", 0),
-    Row("mixer.linear_r.weight", "wr.weight", "mega.wr.weight", "E D", 0),
-    Row("mixer.linear_r.bias", "wr.bias", "mega.wr.bias", "E", 0),
+    Row("mixer.linear_z.weight", "wz.weight", "mega.wz.weight", "Z D", 0, tp=0),
+    Row("mixer.linear_z.bias", "wz.bias", "mega.wz.bias", "Z", 0, tp=0),
+    Row("mixer.query_key.weight", "query_key.weight", "mega.gamma", "2 Z", 1, True, tp=1),
+    Row("mixer.query_key.bias", "query_key.bias", "mega.beta", "2 Z", 1, True, tp=1),
+    Row("mixer.linear_v.weight", "wv.weight", "mega.wv.weight", "E D", 0, tp=0),
+    Row("mixer.linear_v.bias", "wv.bias", "mega.wv.bias", "E", 0, tp=0),
+    Row("mixer.linear_r.weight", "wr.weight", "mega.wr.weight", "E D", 0, tp=0),
+    Row("mixer.linear_r.bias", "wr.bias", "mega.wr.bias", "E", 0, tp=0),
     Row(
-        "mixer.linear_proj.weight", "wh1.weight", "mega.wh1.weight", "D D", 0, part=Part(1, 0)
+        "mixer.linear_proj.weight", "wh1.weight", "mega.wh1.weight", "D D", 0,
+        part=Part(1, 0), tp=1,
     ),
     Row("mixer.linear_proj.bias", "wh1.bias", "mega.wh1.bias", "D", 0),
     Row(
-        "mixer.linear_proj.weight", "wh2.weight", "mega.wh2.weight", "D E", 1, part=Part(1, 1)
+        "mixer.linear_proj.weight", "wh2.weight", "mega.wh2.weight", "D E", 1,
+        part=Part(1, 1), tp=1,
     ),
     Row("feed_forward.norm.weight", "ffn_norm.weight", "nffn.norm.weight", "D", None, True),
     Row("feed_forward.norm.bias", "ffn_norm.bias", "nffn.norm.bias", "D", None, True),
     Row(
         "feed_forward.linear_fc1.weight", "ffn.w1.weight", "nffn.fc1.weight", "F D", 0,
-        part=Part(0, 0),
+        part=Part(0, 0), tp=0,
     ),
     Row(
         "feed_forward.linear_fc1.weight", "ffn.w3.weight", "nffn.fc3.weight", "F D", 0,
-        part=Part(0, 1), only="swiglu",
+        part=Part(0, 1), only="swiglu", tp=0,
     ),
-    Row("feed_forward.linear_fc2.weight", "ffn.w2.weight", "nffn.fc2.weight", "D F", 1),
+    Row("feed_forward.linear_fc2.weight", "ffn.w2.weight", "nffn.fc2.weight", "D F", 1, tp=1),
     Row(
         "feed_forward.rescale.weight", "ffn.rescale.weight", "nffn.alpha", "D", None, True,
         only="rescale_nffn",
@@ -83,7 +93,8 @@ LAYER_ROWS = (
 
 MODEL_ROWS = (
     Row(
-        "embedding.word_embeddings.weight", "model.embed_tokens.weight", "embed.weight", "V D", 1
+        "embedding.word_embeddings.weight", "model.embed_tokens.weight", "embed.weight", "V D", 1,
+        tp=0,
     ),
     Row(
         "decoder.final_layernorm.weight", "model.norm.weight", "output.final_norm.weight",
@@ -94,7 +105,7 @@ MODEL_ROWS = (
     ),
     Row(
         "output_layer.weight", "lm_head.weight", "output.output.weight", "V D", 1,
-        only="not tied",
+        only="not tied", tp=0,
     ),
 )  # fmt: skip
 """What a model has once. The released format has its output weight even where it is tied."""
@@ -133,9 +144,9 @@ class Parameter(NamedTuple):
         return own if self.layer is None else f"{LAYER_PREFIXES[kind]}{self.layer}.{own}"
 
 
-def parameters(architecture: Architecture) -> Iterator[Parameter]:
-    """All of a model's parameters, from the embedding to the output."""
-    widths = {
+def widths_of(architecture: Architecture) -> dict[str, int]:
+    """What the letters of a row's shape stand for."""
+    return {
         "D": architecture.hidden_size,
         "Z": architecture.z_dim,
         "E": architecture.value_dim,
@@ -144,10 +155,14 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
         "V": architecture.vocab_size,
     }
 
+
+def parameters(architecture: Architecture) -> Iterator[Parameter]:
+    """All of a model's parameters, from the embedding to the output."""
+    widths = widths_of(architecture)
+
     def of(rows: tuple[Row, ...], layer: int | None) -> Iterator[Parameter]:
         for row in rows:
-            flag = row.only.removeprefix("not ")
-            if not flag or getattr(architecture, flag) != row.only.startswith("not "):
+            if row.exists_in(architecture):
                 letters = row.shape.split()
                 shape = tuple(widths[z] if z in widths else int(z) for z in letters)
                 yield Parameter(row, layer, shape)

@@ -1,0 +1,129 @@
+"""How Bridge moves tensors that its own mappings have no case for.
+
+Each takes whole Hugging Face tensors to what a tensor-parallel rank holds, and back; stages of a
+pipeline that lack a parameter get it by Bridge's broadcast.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from megatron.bridge.models.conversion.param_mapping import (
+    ColumnParallelMapping,
+    MegatronParamMapping,
+)
+from megatron.bridge.models.conversion.utils import get_module_and_param_from_name
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class VocabularyMapping(ColumnParallelMapping):
+    """Rows of tokens, which Megatron pads with zeros; an export has vocab_size of them."""
+
+    def __init__(self, megatron_param: str, hf_param: str, vocab_size: int) -> None:
+        super().__init__(megatron_param, hf_param)
+        self.vocab_size = vocab_size
+
+    def resolve(self, captures: tuple[str, ...]) -> VocabularyMapping:
+        """The mapping of one layer's parameter, for patterns."""
+        return type(self)(*self._resolve_names(captures), self.vocab_size)
+
+    def hf_to_megatron(self, hf_weights: Tensor, megatron_module: torch.nn.Module) -> Tensor:
+        """[vocab_size, hidden] to this rank's rows of it and its padding."""
+        _, parameter = get_module_and_param_from_name(megatron_module, self.megatron_param)
+        padding = parameter.shape[0] * self.tp_size - hf_weights.shape[0]
+        return super().hf_to_megatron(F.pad(hf_weights, (0, 0, 0, padding)), megatron_module)
+
+    def megatron_to_hf(
+        self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
+    ) -> dict[str, Tensor]:
+        """A rank's rows to [vocab_size, hidden]."""
+        whole = super().megatron_to_hf(megatron_weights, megatron_module)
+        return {name: rows[: self.vocab_size] for name, rows in whole.items()}
+
+
+class _SplitMapping(MegatronParamMapping):
+    """Cuts on one rank and scatters; gathers and joins on all."""
+
+    @abstractmethod
+    def split(self, hf_weights: Tensor | dict[str, Tensor]) -> list[Tensor]:
+        """What each rank of the tensor-parallel group holds."""
+
+    @abstractmethod
+    def join(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        """The Hugging Face tensors of what all ranks hold, by their names."""
+
+    def hf_to_megatron(
+        self, hf_weights: Tensor | dict[str, Tensor], megatron_module: torch.nn.Module
+    ) -> Tensor:
+        """Whole tensors to this rank's."""
+        _, parameter = get_module_and_param_from_name(megatron_module, self.megatron_param)
+        shards = self.split(hf_weights) if self.tp_rank == 0 else None
+        return self.scatter_to_tp_ranks(shards, parameter.shape, parameter.dtype, parameter.device)
+
+    def megatron_to_hf(
+        self, megatron_weights: Tensor | None, megatron_module: torch.nn.Module | None
+    ) -> dict[str, Tensor]:
+        """This rank's tensor to whole ones."""
+        weights = self.broadcast_from_pp_rank(megatron_weights, cache_key=str(self.hf_param))
+        if weights is None:
+            return {}
+        return self.join(self.gather_from_tp_ranks(self.maybe_dequantize(weights)))
+
+
+class HeadsMapping(_SplitMapping):
+    """A tensor cut by heads along an axis; with more ranks than heads, several have a head's."""
+
+    def __init__(self, megatron_param: str, hf_param: str, axis: int, num_heads: int) -> None:
+        super().__init__(megatron_param, hf_param)
+        self.axis, self.num_heads = axis, num_heads
+
+    def resolve(self, captures: tuple[str, ...]) -> HeadsMapping:
+        """The mapping of one layer's parameter."""
+        return type(self)(*self._resolve_names(captures), self.axis, self.num_heads)
+
+    @property
+    def ranks_per_head(self) -> int:
+        """Ranks that hold the same part; 1 where each has heads of its own."""
+        return max(1, self.tp_size // self.num_heads)
+
+    def split(self, hf_weights: Tensor) -> list[Tensor]:
+        """Whole heads for each rank."""
+        parts = hf_weights.chunk(self.tp_size // self.ranks_per_head, dim=self.axis)
+        return [part for part in parts for _ in range(self.ranks_per_head)]
+
+    def join(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        """The heads of each group's first rank."""
+        return {str(self.hf_param): torch.cat(shards[:: self.ranks_per_head], dim=self.axis)}
+
+
+class ColumnPartsMapping(_SplitMapping):
+    """Weights [out, width] side by side in one that is cut over ranks part by part.
+
+    A rank has the first of the first weight's columns, then the first of the second's, and so on.
+    """
+
+    def __init__(
+        self, megatron_param: str, hf_param: dict[str, str], widths: dict[str, int]
+    ) -> None:
+        super().__init__(megatron_param, hf_param)
+        self.widths = widths
+
+    def resolve(self, captures: tuple[str, ...]) -> ColumnPartsMapping:
+        """The mapping of one layer's parameter."""
+        return type(self)(*self._resolve_names(captures), self.widths)
+
+    def split(self, hf_weights: dict[str, Tensor]) -> list[Tensor]:
+        """Every weight's share, side by side."""
+        shares = [hf_weights[name].chunk(self.tp_size, dim=1) for name in self.widths]
+        return [torch.cat(parts, dim=1) for parts in zip(*shares, strict=True)]
+
+    def join(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        """Every weight, whole."""
+        widths = [width // self.tp_size for width in self.widths.values()]
+        shares = [shard.split(widths, dim=1) for shard in shards]
+        return {
+            self.hf_param[name]: torch.cat(parts, dim=1)
+            for name, parts in zip(self.widths, zip(*shares, strict=True), strict=True)
+        }

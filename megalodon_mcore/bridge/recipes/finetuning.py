@@ -1,0 +1,61 @@
+"""Any pretraining recipe made into one of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.bridge.data.builders import (
+    GPTSFTDatasetConfig,
+    PromptCompletionSFTPreprocessingConfig,
+)
+from megatron.bridge.training.config import ConfigContainer
+
+BATCH = 128
+"""Sequences in a batch, or the pretraining recipe's if those are fewer."""
+
+
+def finetune_config(
+    pretraining: ConfigContainer, pretrained: str | Path, data: str | Path
+) -> ConfigContainer:
+    """Fine-tunes what a recipe pretrains, with its model and layout.
+
+    The paper fine-tunes nothing with published numbers: rate (5e-6, to zero), warm-up (50 batches),
+    length (1,000 batches) and batch are those of Bridge's own recipes of full fine-tuning.
+
+    Sequences are padded to the recipe's length, so that every layout can cut them, and not packed,
+    since a packed sequence's documents would see one another's CEMA state.
+
+    Args:
+        pretraining: the recipe, changed in place.
+        pretrained: a Hugging Face folder of the same model, with its tokenizer.
+        data: a folder with training.jsonl, validation.jsonl and test.jsonl of objects that have
+            "input" and "output".
+    """
+    cfg = pretraining
+    cfg.checkpoint.pretrained_checkpoint = str(pretrained)
+    cfg.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
+    cfg.tokenizer.tokenizer_model = str(pretrained)
+    cfg.tokenizer.vocab_size = None
+    cfg.model.vocab_size = None
+    cfg.dataset = GPTSFTDatasetConfig(
+        seq_length=cfg.model.seq_length,
+        dataset_root=str(data),
+        preprocessing=PromptCompletionSFTPreprocessingConfig(
+            prompt_column="input", completion_column="output", separator=" "
+        ),
+        dataset_kwargs={"pad_to_max_length": True},
+        num_workers=cfg.dataset.num_workers,
+        persistent_workers=False,
+        do_test=False,
+    )
+    # Ranks of one sequence may have different numbers of tokens that count.
+    cfg.model.calculate_per_token_loss = True
+    cfg.ddp.average_in_collective = False
+
+    cfg.train.global_batch_size = min(cfg.train.global_batch_size, BATCH)
+    cfg.train.train_iters = min(cfg.train.train_iters, 1000)
+    cfg.optimizer.lr, cfg.optimizer.min_lr = 5e-6, 0.0
+    cfg.scheduler.lr_warmup_iters = min(cfg.scheduler.lr_warmup_iters, 50)
+    cfg.validation.eval_interval = min(cfg.validation.eval_interval, 100)
+    cfg.checkpoint.save_interval = min(cfg.checkpoint.save_interval, 100)
+    return cfg

@@ -1,0 +1,85 @@
+"""`megalodon-mcore pretrain-recipe` and `finetune-recipe`: run a recipe in Bridge's loop."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import ArgumentParser
+
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.finetune import finetune
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.pretrain import pretrain
+from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+
+from megalodon_mcore.bridge.recipes import RECIPES, finetune_config
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Runs a command with these arguments.
+
+    Raises:
+        SystemExit: the arguments are wrong (2).
+        ValueError: a value of the recipe does not fit; one sentence names it.
+    """
+    finetunes = command == "finetune-recipe"
+    args = _parser(command, finetunes).parse_args(argv)
+    cfg = RECIPES[args.recipe]()
+    if finetunes:
+        cfg = finetune_config(cfg, args.pretrained, args.data)
+    cfg = process_config_with_overrides(cfg, args.config, args.overrides)
+    if args.dry_run:
+        cfg.model.finalize()
+        print(describe(args.recipe, cfg))
+        return 0
+    (finetune if finetunes else pretrain)(cfg, forward_step)
+    return 0
+
+
+def describe(name: str, cfg: ConfigContainer) -> str:
+    """What a run is about, in a few lines."""
+    model, train = cfg.model, cfg.train
+    sizes = f"TP {model.tensor_model_parallel_size} PP {model.pipeline_model_parallel_size} "
+    sizes += f"CP {model.context_parallel_size}"
+    tokens = train.global_batch_size * model.seq_length
+    return "\n".join(
+        (
+            f"recipe      {name}",
+            f"model       {model.num_layers} layers of width {model.hidden_size}",
+            f"sequences   {model.seq_length} tokens, chunks of {model.megalodon_chunk_size}",
+            f"layout      {sizes}, {train.micro_batch_size} sequences at once",
+            f"precision   {cfg.mixed_precision or 'float32'}",
+            f"batches     {train.train_iters} of {train.global_batch_size} sequences "
+            f"({tokens} tokens)",
+            f"optimizer   {cfg.optimizer.optimizer}, rate {cfg.optimizer.lr} to "
+            f"{cfg.optimizer.min_lr}, {cfg.scheduler.lr_decay_style}",
+            f"checkpoints {cfg.checkpoint.save}",
+        )
+    )
+
+
+def _parser(command: str, finetunes: bool) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"megalodon-mcore {command}",
+        description="Fine-tune a model as a recipe says." if finetunes else "Pretrain a recipe.",
+        epilog="Under torchrun it runs on as many ranks; without a GPU, over gloo.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("recipe", choices=list(RECIPES), help="The recipe.")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Values over the recipe's, as train.train_iters=100.",
+    )
+    if finetunes:
+        parser.add_argument(
+            "--pretrained", required=True, help="Hugging Face folder to start from."
+        )
+        parser.add_argument(
+            "--data",
+            required=True,
+            help="Folder of training.jsonl and validation.jsonl with input and output.",
+        )
+    parser.add_argument("--config", help="YAML file of values over the recipe's.")
+    parser.add_argument("--dry-run", action="store_true", help="Print what would run and stop.")
+    return parser
