@@ -42,6 +42,7 @@ def load_model(
             "--save."
         )
     if not torch.distributed.is_initialized():
+        pretraining.ignore_missing_kernels()
         cpu.install()
         pretraining.prepare_megatron()
         pretraining.stand_alone_environment()

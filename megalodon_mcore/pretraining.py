@@ -40,14 +40,19 @@ def main(argv: list[str]) -> None:
     run()
 
 
-def say_once_what_is_missing() -> None:
-    """Makes one line, and none without a GPU, of the many by which Megatron misses apex and TE.
+def ignore_missing_kernels() -> None:
+    """Silences the many warnings by which Megatron's modules miss apex and Transformer Engine.
 
-    Its own fall-backs (torch's AdamW and gradient clipping) do the same, more slowly. Of the rest
-    that it warns about, GPT's norms and experts, a Megalodon has none.
+    Its fall-backs (torch's AdamW and gradient clipping) do the same, more slowly. Of the rest that
+    it warns about, GPT's norms and experts, a Megalodon has none.
     """
     warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")
     warnings.filterwarnings("ignore", "Only transformer-engine>=1.7.0 supports MoE experts")
+
+
+def say_once_what_is_missing() -> None:
+    """Instead of those warnings, a line where it matters: on a GPU."""
+    ignore_missing_kernels()
     found = any(map(_is_installed, ("transformer_engine", "apex")))
     if torch.cuda.is_available() and not found and os.environ.get("RANK", "0") == "0":
         print(

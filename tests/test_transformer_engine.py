@@ -78,6 +78,40 @@ def test_every_size_has_the_local_specs_checkpoint(name, tp):
     assert sum("_extra_state" in key for key, _ in local) == 6
 
 
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["initialized as on a GPU", "on the CPU"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_parameters_are_marked_as_the_local_specs(sequence_parallel, heads, on_cpu):
+    """Megatron's gradient norm, its reductions and its optimizer go by these."""
+    from megatron.core import tensor_parallel
+
+    layout = ParallelLayout(seq_length=4096, tp=2, sequence_parallel=sequence_parallel)
+    options = dict(
+        heads=2,
+        swiglu=True,
+        tensor_model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        use_cpu_initialization=on_cpu,
+    )
+    names = ("tensor_model_parallel", "partition_dim", "partition_stride", "is_embedding")
+    marks = []
+    with fake_rank(layout, tp_rank=1):
+        for implementation in ({}, ENGINE):
+            own = MegalodonConfig(num_heads=heads, rescale_nffn=True)
+            model, _ = build(own, **options, **implementation)
+            marks.append({})
+            for name, parameter in model.named_parameters():
+                tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+                marks[-1][name] = (
+                    *(getattr(parameter, mark, None) for mark in names),
+                    bool(getattr(parameter, "sequence_parallel", False)),
+                    getattr(parameter, "allreduce", True),
+                    parameter._backward_hooks is not None,
+                )
+    assert marks[0] == marks[1]
+    assert len({values for values in marks[0].values()}) > 3
+
+
 def test_modules_are_transformer_engines_and_start_as_local_ones(megatron):
     import transformer_engine.pytorch as te
 
