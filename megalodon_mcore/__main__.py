@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
+from megalodon_mcore import missing_kernels
+
 DESCRIPTION = "Train Megalodon, the long-context architecture, inside Megatron-Core."
 PRETRAIN_HELP = (
     "Train in Megatron's loop; takes every Megatron argument and --megalodon-* ones "
@@ -20,6 +22,8 @@ RECIPE_COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 with one sentence where input was wrong."""
     argv = sys.argv[1:] if argv is None else argv
+    # Before anything imports Megatron.
+    missing_kernels.ignore_warnings()
     if argv and argv[0] == "pretrain":
         # Megatron has its own parser of several hundred arguments.
         from megalodon_mcore import pretraining

@@ -42,7 +42,6 @@ def load_model(
             "--save."
         )
     if not torch.distributed.is_initialized():
-        pretraining.ignore_missing_kernels()
         cpu.install()
         pretraining.prepare_megatron()
         pretraining.stand_alone_environment()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalodon_mcore import missing_kernels
 from megalodon_mcore.config import INIT_MODES, SIZES
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 
@@ -31,35 +31,13 @@ def main(argv: list[str]) -> None:
     """
     from megalodon_mcore import cpu
 
-    say_once_what_is_missing()
+    missing_kernels.say_on_a_gpu()
     cpu.install()
     prepare_megatron()
     stand_alone_environment()
     # Megatron reads its arguments from here and nowhere else.
     sys.argv = [sys.argv[0], *argv]
     run()
-
-
-def ignore_missing_kernels() -> None:
-    """Silences the many warnings by which Megatron's modules miss apex and Transformer Engine.
-
-    Its fall-backs (torch's AdamW and gradient clipping) do the same, more slowly. Of the rest that
-    it warns about, GPT's norms and experts, a Megalodon has none.
-    """
-    warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")
-    warnings.filterwarnings("ignore", "Only transformer-engine>=1.7.0 supports MoE experts")
-
-
-def say_once_what_is_missing() -> None:
-    """Instead of those warnings, a line where it matters: on a GPU."""
-    ignore_missing_kernels()
-    found = any(map(_is_installed, ("transformer_engine", "apex")))
-    if torch.cuda.is_available() and not found and os.environ.get("RANK", "0") == "0":
-        print(
-            "Neither Transformer Engine nor apex is installed: the optimizer is torch's AdamW, "
-            "without fused kernels.",
-            file=sys.stderr,
-        )
 
 
 def prepare_megatron() -> None:
@@ -295,19 +273,13 @@ def _defaults() -> dict[str, Any]:
         "transformer_impl": "local",
         "create_attention_mask_in_dataloader": False,
     }
-    if not _is_installed("fused_weight_gradient_mlp_cuda"):
+    if not missing_kernels.is_installed("fused_weight_gradient_mlp_cuda"):
         defaults["gradient_accumulation_fusion"] = False
-    if not _is_installed("apex"):
+    if not missing_kernels.is_installed("apex"):
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
     if size:
         defaults |= SIZES[size].megatron_arguments()
     return defaults
-
-
-def _is_installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:

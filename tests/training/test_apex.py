@@ -10,7 +10,7 @@ from megatron.core.fusions import fused_layer_norm
 from torch.nn import functional as F
 
 from building import transformer_config
-from megalodon_mcore import pretraining
+from megalodon_mcore import missing_kernels, pretraining
 from megalodon_mcore.layers.apex_norm import ApexLayerNorm
 from megalodon_mcore.layers.norms import LayerNorm
 from megalodon_mcore.spec import MegalodonSpec
@@ -19,7 +19,7 @@ SWITCHES = ("gradient_accumulation_fusion", "no_persist_layer_norm", "masked_sof
 
 
 def defaults(monkeypatch, installed):
-    monkeypatch.setattr(pretraining, "_is_installed", lambda module: installed)
+    monkeypatch.setattr(missing_kernels, "is_installed", lambda module: installed)
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     return pretraining._defaults()
 
@@ -88,12 +88,13 @@ def test_ours_are_used_without_apex_or_where_the_switch_is_off(apex, monkeypatch
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("installed", [False, True])
 def test_what_is_missing_is_said_at_most_once(monkeypatch, capsys, gpu, installed):
-    monkeypatch.setattr(pretraining, "_is_installed", lambda module: installed)
+    monkeypatch.setattr(missing_kernels, "is_installed", lambda module: installed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.delenv("RANK", raising=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pretraining.say_once_what_is_missing()
+        missing_kernels.ignore_warnings()
+        missing_kernels.say_on_a_gpu()
         warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
         warnings.warn("Transformer Engine and Apex are not installed. Falling", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
