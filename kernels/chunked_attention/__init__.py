@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..dispatch import use_triton
 from .naive import AttentionState, chunked_attention_naive
 from .portable import chunked_attention_portable
 
@@ -49,6 +50,10 @@ def chunked_attention(
         ValueError: a shape, a type, chunk_size or dropout_p does not fit.
     """
     _check(q, k, v, chunk_size, state, dropout_p)
+    if use_triton(q, k, v):
+        from .triton import chunked_attention_triton
+
+        return chunked_attention_triton(q, k, v, chunk_size, state, dropout_p, return_state)
     return chunked_attention_portable(q, k, v, chunk_size, state, dropout_p, return_state)
 
 

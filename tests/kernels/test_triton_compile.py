@@ -1,4 +1,4 @@
-"""Every TimestepNorm and CEMA kernel compiles for cards that are not here, without spills.
+"""Every Triton kernel compiles for cards that are not here, without spills.
 
 The launches are those that the operators make for tensors of the sizes 200m and 7b, on the meta
 device; ptxas reports registers, spills and the shared memory of a block.
@@ -15,14 +15,17 @@ pytest.importorskip("triton")
 
 from ahead_of_time import SHARED_MEMORY, compile_for, launches
 from megalodon_mcore.kernels.cema.triton import cema_triton
+from megalodon_mcore.kernels.chunked_attention import AttentionState
+from megalodon_mcore.kernels.chunked_attention import triton as attention_kernels
 from megalodon_mcore.kernels.timestep_norm.triton import (
     timestep_norm_triton,
     timestep_statistics_triton,
 )
 
 NDIM = 16
-# Channels, groups.
-SIZES = {"200m": (1024, 32), "7b": (4096, 64)}
+KEY_WIDTH, VALUE_WIDTH, CHUNK = 256, 2048, 2048
+# Channels, groups, heads.
+SIZES = {"200m": (1024, 32, 1), "7b": (4096, 64, 4)}
 
 
 def norm(channels, groups, dtype, batch, length, masked):
@@ -49,16 +52,30 @@ def cema(channels, dtype, batch, length):
         torch.autograd.grad((y, end), (x, *params), (y, end))
 
 
+def attention(heads, dtype, length, cached, dropout_p, capability):
+    def draw(positions, width):
+        shape = (1, positions, heads, width)
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    leaves = [draw(length, width) for width in (KEY_WIDTH, KEY_WIDTH, VALUE_WIDTH)]
+    state = AttentionState(draw(cached, KEY_WIDTH), draw(cached, VALUE_WIDTH))
+    with patch.object(attention_kernels, "shared_memory", lambda device: SHARED_MEMORY[capability]):
+        out, _ = attention_kernels.chunked_attention_triton(*leaves, CHUNK, state, dropout_p)
+        torch.autograd.grad(out, leaves, out)
+
+
 @lru_cache
-def launched(size, dtype):
+def launched(size, dtype, capability):
     """The different launches of a training step on 4,096 tokens."""
-    channels, groups = SIZES[size]
+    channels, groups, heads = SIZES[size]
     found = {}
     for function, arguments in (
         (norm, (channels, groups, dtype, 1, 4096, False)),
         (norm, (channels, groups, dtype, 1, 4096, True)),
         (statistics, (channels, groups, dtype, 1, 4096)),
         (cema, (channels, dtype, 1, 4096)),
+        (attention, (heads, dtype, 4096, 0, 0.0, capability)),
+        (attention, (heads, dtype, 4096, 0, 0.1, capability)),
     ):
         for launch in launches(function, *arguments):
             source = launch.source()
@@ -67,10 +84,11 @@ def launched(size, dtype):
 
 
 def test_all_kernels_are_launched():
-    names = {launch.kernel.__name__ for launch in launched("7b", torch.bfloat16)}
+    names = {launch.kernel.__name__ for launch in launched("7b", torch.bfloat16, 90)}
     assert names == {
         *("totals_kernel", "forward_kernel", "backward_totals_kernel", "backward_kernel"),
         *("statistics_backward_kernel", "walk_kernel", "scan_kernel", "gradient_kernel"),
+        *("delta_kernel", "scores_kernel", "values_kernel"),
     }
 
 
@@ -84,7 +102,7 @@ CARDS = {"200m": list(SHARED_MEMORY)[:1], "7b": list(SHARED_MEMORY)}
     ("size", "capability"), [(size, card) for size, cards in CARDS.items() for card in cards]
 )
 def test_compiles_without_spills(size, dtype, capability):
-    for launch in launched(size, dtype):
+    for launch in launched(size, dtype, capability):
         report = compile_for(launch, capability)
         name = launch.kernel.__name__
         constants = {k: v for k, v in launch.keywords.items() if v is True}
@@ -100,6 +118,7 @@ def test_smallest_tensors_compile():
         (norm, (1, 1, torch.float32, 1, 1, True)),
         (statistics, (1, 1, torch.float32, 1, 1)),
         (cema, (1, torch.float32, 1, 16)),
+        (attention, (1, torch.float32, 1, 1, 1e-10, 90)),
     ]
     for function, arguments in calls:
         for launch in launches(function, *arguments):
@@ -107,16 +126,31 @@ def test_smallest_tensors_compile():
 
 
 def test_matrix_products_take_tensor_cores():
-    """Warp-level matrix instructions in TF32, none of them a loop of scalar products."""
+    """CEMA's: warp-level matrix instructions in TF32, none of them a loop of scalar products."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     launch = next(
         launch
-        for launch in launched("200m", torch.bfloat16)
+        for launch in launched("200m", torch.bfloat16, 90)
         if launch.kernel.__name__ == "gradient_kernel"
     )
     compiled = triton.compile(
         launch.source(), target=GPUTarget("cuda", 90, 32), options=launch.options()
     )
     assert "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "instruction"),
+    [(80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")],
+)
+def test_attention_takes_the_tensor_cores_of_its_card(capability, instruction):
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    launch = launches(attention, 1, torch.bfloat16, 4096, 0, 0.0, capability)[0]
+    compiled = triton.compile(
+        launch.source(), target=GPUTarget("cuda", capability, 32), options=launch.options()
+    )
+    assert instruction in compiled.asm["ptx"]

@@ -1,0 +1,763 @@
+"""Chunked causal attention in Triton, flash-style: no matrix of chunk x chunk is ever in memory.
+
+The values are up to 8 times wider than the keys, so an accumulator of whole value rows does not
+fit in registers. The forward pass and the values' gradient therefore cut the values into slices,
+one program each, and every slice takes the scores anew: with slices of S columns that multiplies
+the tensor cores' work by (1 + dk/S) / (1 + dk/dv), which at S = 2 dk is cheaper than any traffic
+of accumulators through memory. The gradients of q and k need the scores' gradients, whose product
+over all dv columns is summed slice by slice; the two are one kernel with the roles exchanged.
+
+Scores and sums are float32; the softmax works in powers of 2. Kept for backward: the inputs, the
+output and a float32 per query and head. Every sum has a fixed order; there are no atomics. The
+mask of dropout is a function of a seed and of the places of query and key, the same in every
+kernel.
+
+Inside a chunk a position is local, 0 to chunk_size - 1. The first chunk may begin with keys that
+have no queries (`before` of them, out of a state), the last one may end early.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..dispatch import on_device_of
+from .naive import AttentionState
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def chunked_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk_size: int,
+    state: AttentionState | None = None,
+    dropout_p: float = 0.0,
+    return_state: bool = False,
+) -> tuple[Tensor, AttentionState | None]:
+    """Same arguments and results as `chunked_attention`; nothing is checked here."""
+    before = 0 if state is None else state.key.shape[1]
+    if before:
+        k = torch.cat([state.key, k], dim=1)
+        v = torch.cat([state.value, v], dim=1)
+    out = _ChunkedAttention.apply(q, k, v, chunk_size, dropout_p)
+    if not return_state:
+        return out, None
+    positions = k.shape[1]
+    last = slice(positions - positions % chunk_size, positions)
+    # Copies: a slice would keep the whole sequence's memory alive.
+    key, value = (z[:, last].clone(memory_format=torch.contiguous_format) for z in (k, v))
+    return out, AttentionState(key, value)
+
+
+class Tile(NamedTuple):
+    """What a program works on: its own rows, and what it takes at a time of the others.
+
+    width counts columns of values, depth columns of keys and queries in a product that gives
+    scores. A depth of all columns keeps the own rows at hand; less reads them again and again.
+    """
+
+    own: int
+    other: int
+    width: int
+    depth: int
+    warps: int
+    stages: int
+
+    def within(self, chunk_size: int, dk: int, dv: int) -> "Tile":
+        """Cut down to a small problem; a side of a product of tensor cores has 16 at least."""
+        chunk = max(16, triton.next_power_of_2(chunk_size))
+        return self._replace(
+            own=min(self.own, chunk),
+            other=min(self.other, chunk),
+            width=min(self.width, max(16, triton.next_power_of_2(dv))),
+            depth=min(self.depth, max(16, triton.next_power_of_2(dk))),
+        )
+
+
+class Tiles(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    scores: Tile
+    values: Tile
+
+    @classmethod
+    def of(cls, q: Tensor, chunk_size: int, dv: int, dropped: bool) -> "Tiles":
+        """Large enough for the tensor cores, small enough for 255 registers and shared memory."""
+        choices = TILES[q.dtype]
+        least, there = min(choices), shared_memory(q.device)
+        tiles = choices[max(size for size in choices if size <= max(there, least))]
+        if dropped:
+            # The random numbers take registers, too.
+            tiles = tiles._replace(forward=choices[least].forward)
+        return cls(*(tile.within(chunk_size, q.shape[-1], dv) for tile in tiles))
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a block may ask for; what is no CUDA device counts as Hopper."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+WHOLE = 2**30
+# By type and by the shared memory that they fit in: that of 9.0 and 10.0, of 8.0, and of the
+# rest (8.6, 8.9, 12.0).
+TILES = {
+    torch.bfloat16: {
+        227 * 1024: Tiles(
+            forward=Tile(64, 32, 512, WHOLE, 8, 3),
+            scores=Tile(64, 64, 128, WHOLE, 8, 3),
+            values=Tile(64, 32, 512, WHOLE, 8, 3),
+        ),
+        163 * 1024: Tiles(
+            forward=Tile(64, 64, 256, WHOLE, 8, 2),
+            scores=Tile(64, 64, 64, WHOLE, 8, 2),
+            values=Tile(64, 32, 512, WHOLE, 8, 2),
+        ),
+        99 * 1024: Tiles(
+            forward=Tile(64, 32, 256, WHOLE, 8, 2),
+            scores=Tile(64, 64, 64, WHOLE, 8, 2),
+            values=Tile(64, 32, 512, WHOLE, 8, 2),
+        ),
+    },
+    torch.float32: {
+        99 * 1024: Tiles(
+            forward=Tile(32, 32, 128, 32, 4, 2),
+            scores=Tile(32, 32, 32, 32, 8, 2),
+            values=Tile(32, 32, 128, 32, 4, 2),
+        ),
+    },
+}
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """q [batch, length, heads, dk]; k and v hold `before` positions more, where q starts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        chunk_size: int,
+        dropout_p: float,
+    ) -> Tensor:
+        q, k, v = (_rows(z) for z in (q, k, v))
+        batch, length, heads, _ = q.shape
+        out = _empty_in_order_of(q, v.shape[-1])
+        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+        seed = lse
+        if dropout_p > 0:
+            seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
+        if out.numel():
+            call = _Call(q, k, v, chunk_size, dropout_p)
+            tile = call.tiles.forward
+            slices = triton.cdiv(v.shape[-1], tile.width)
+            with on_device_of(q):
+                forward_kernel[call.grid(tile, slices)](
+                    *(q, k, v, out, lse, seed),
+                    *(*call.sizes, *_strides(q), *_strides(k), *_strides(v), *_strides(out)),
+                    **call.constants(tile),
+                )
+        ctx.chunk_size, ctx.dropout_p = chunk_size, dropout_p
+        ctx.save_for_backward(q, k, v, out, lse, seed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        q, k, v, out, lse, seed = ctx.saved_tensors
+        if not out.numel():
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None
+        grad_out = _rows(grad_out)
+        grad_q, grad_k, grad_v = (_rows(torch.empty_like(z)) for z in (q, k, v))
+        delta = torch.empty_like(lse)
+        call = _Call(q, k, v, ctx.chunk_size, ctx.dropout_p)
+        scores, values = call.tiles.scores, call.tiles.values
+        slices = triton.cdiv(v.shape[-1], values.width)
+        strides = [s for z in (q, k, v, grad_out) for s in _strides(z)]
+        with on_device_of(q):
+            delta_kernel[(triton.cdiv(q.shape[1], DELTA_ROWS), q.shape[0] * q.shape[2])](
+                *(out, grad_out, delta, q.shape[2], q.shape[1]),
+                *(*_strides(out), *_strides(grad_out)),
+                DV=v.shape[-1],
+                ROWS=DELTA_ROWS,
+                WIDTH=DELTA_WIDTH,
+                num_warps=4,
+            )
+            for grad, own_keys in ((grad_q, False), (grad_k, True)):
+                scores_kernel[call.grid(scores)](
+                    *(q, k, v, grad_out, lse, delta, grad, seed),
+                    *(*call.sizes, *strides, *_strides(grad)),
+                    **call.constants(scores),
+                    OWN_KEYS=own_keys,
+                )
+            values_kernel[call.grid(values, slices)](
+                *(q, k, grad_out, lse, grad_v, seed),
+                *(*call.sizes, *_strides(q), *_strides(k)),
+                *(*_strides(grad_out), *_strides(grad_v)),
+                **call.constants(values),
+            )
+        return grad_q, grad_k, grad_v, None, None
+
+
+class _Call:
+    """The arguments that the kernels share."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout_p: float) -> None:
+        self.rows = q.shape[0] * q.shape[2]
+        self.chunk_size = chunk_size
+        self.chunks = triton.cdiv(k.shape[1], chunk_size)
+        self.dropped = dropout_p > 0
+        self.widths = {"DK": q.shape[-1], "DV": v.shape[-1]}
+        self.tiles = Tiles.of(q, chunk_size, v.shape[-1], self.dropped)
+        threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+        self.sizes = (q.shape[2], k.shape[1], k.shape[1] - q.shape[1], chunk_size)
+        self.sizes += (threshold, 1 / (1 - dropout_p))
+
+    def grid(self, tile: Tile, slices: int = 1) -> tuple[int, int]:
+        return slices * self.chunks * triton.cdiv(self.chunk_size, tile.own), self.rows
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        return self.widths | {
+            "DROPOUT": self.dropped,
+            "KEY_WIDTH": max(16, triton.next_power_of_2(self.widths["DK"])),
+            "OWN": tile.own,
+            "OTHER": tile.other,
+            "WIDTH": tile.width,
+            "DEPTH": tile.depth,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+DELTA_ROWS = 8
+DELTA_WIDTH = 256
+
+
+def _rows(z: Tensor) -> Tensor:
+    """Z with its last dimension in one piece."""
+    return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
+
+
+def _empty_in_order_of(q: Tensor, width: int) -> Tensor:
+    """[batch, length, heads, width], with batch and length in memory as q has them."""
+    batch, length, heads, _ = q.shape
+    if q.stride(0) < q.stride(1):
+        return q.new_empty(length, batch, heads, width).transpose(0, 1)
+    return q.new_empty(batch, length, heads, width)
+
+
+def _strides(z: Tensor) -> tuple[int, int, int]:
+    return z.stride()[:3]
+
+
+@triton.jit
+def _load(  # noqa: ANN202
+    base,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    low,  # noqa: ANN001
+    high,  # noqa: ANN001
+    stride,  # noqa: ANN001
+    columns,  # noqa: ANN001
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows of a matrix by columns; zeros outside [low, high) (if MASKED) and from COLUMNS on."""
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None]
+    # BLOCK is how many columns there are; whole blocks need no mask.
+    RAGGED: tl.constexpr = COLUMNS % BLOCK != 0
+    if MASKED:
+        mask = ((rows >= low) & (rows < high))[:, None]
+        if RAGGED:
+            mask = mask & (columns < COLUMNS)[None]
+        return tl.load(pointers, mask=mask, other=0.0)
+    elif RAGGED:
+        return tl.load(pointers, mask=(columns < COLUMNS)[None], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _own(  # noqa: ANN202
+    base,  # noqa: ANN001
+    rows,  # noqa: ANN001
+    low,  # noqa: ANN001
+    high,  # noqa: ANN001
+    stride,  # noqa: ANN001
+    DK: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The own queries or keys, where they are to be kept at hand; else anything."""
+    if DEPTH < KEY_WIDTH:
+        return 0
+    else:
+        return _load(base, rows, low, high, stride, tl.arange(0, KEY_WIDTH), DK, KEY_WIDTH, True)
+
+
+@triton.jit
+def _scores(  # noqa: ANN202
+    mine,  # noqa: ANN001
+    base,  # noqa: ANN001
+    own,  # noqa: ANN001
+    low,  # noqa: ANN001
+    high,  # noqa: ANN001
+    stride,  # noqa: ANN001
+    other_base,  # noqa: ANN001
+    other,  # noqa: ANN001
+    other_low,  # noqa: ANN001
+    other_high,  # noqa: ANN001
+    other_stride,  # noqa: ANN001
+    DK: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scores of powers of 2, [OWN, OTHER]; `mine` is what `_own` gave for the first matrix."""
+    scores = tl.zeros([OWN, OTHER], tl.float32)
+    if DEPTH < KEY_WIDTH:
+        for start in tl.range(0, DK, DEPTH):
+            d = start + tl.arange(0, DEPTH)
+            left = _load(base, own, low, high, stride, d, DK, DEPTH, True)
+            right = _load(
+                *(other_base, other, other_low, other_high, other_stride, d, DK, DEPTH, MASKED)
+            )
+            scores = tl.dot(left, right.T, scores, input_precision="tf32x3")
+    else:
+        d = tl.arange(0, KEY_WIDTH)
+        right = _load(
+            *(other_base, other, other_low, other_high, other_stride, d, DK, KEY_WIDTH, MASKED)
+        )
+        scores = tl.dot(mine, right.T, scores, input_precision="tf32x3")
+    return scores * LOG2_E
+
+
+@triton.jit
+def _keep(seed, chunk, queries, keys, row, threshold):  # noqa: ANN001, ANN202
+    """Which weights dropout keeps, by a counter-based generator; queries and keys broadcast."""
+    zero = queries * 0 + keys * 0
+    c0, c1 = zero + keys, zero + queries
+    bits, _, _, _ = tl.philox(seed, c0, c1, zero + chunk, zero + row.to(tl.int32))
+    return bits.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def _place(program, positions, before, chunk_size, OWN: tl.constexpr):  # noqa: ANN001, ANN202
+    """Chunk and first local row of a program, the chunk's first query and its filled length.
+
+    The tiles with the longest rows come first.
+    """
+    tiles = tl.cdiv(chunk_size, OWN)
+    chunk = program // tiles
+    tile = program % tiles
+    filled = tl.minimum(chunk_size, positions - chunk * chunk_size)
+    ahead = tl.maximum(before - chunk * chunk_size, 0)
+    return chunk, tile, tiles, ahead, filled
+
+
+@triton.jit
+def _forward_blocks(  # noqa: ANN202
+    acc,  # noqa: ANN001
+    total,  # noqa: ANN001
+    top,  # noqa: ANN001
+    q,  # noqa: ANN001
+    q_base,  # noqa: ANN001
+    queries,  # noqa: ANN001
+    ahead,  # noqa: ANN001
+    q_step,  # noqa: ANN001
+    k_base,  # noqa: ANN001
+    v_base,  # noqa: ANN001
+    k_step,  # noqa: ANN001
+    v_step,  # noqa: ANN001
+    first,  # noqa: ANN001
+    stop,  # noqa: ANN001
+    filled,  # noqa: ANN001
+    seed,  # noqa: ANN001
+    chunk,  # noqa: ANN001
+    row,  # noqa: ANN001
+    threshold,  # noqa: ANN001
+    rescale,  # noqa: ANN001
+    e,  # noqa: ANN001
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Online softmax over the keys first..stop of this chunk."""
+    for start in tl.range(first, stop, OTHER):
+        keys = start + tl.arange(0, OTHER)
+        scores = _scores(
+            *(q, q_base, queries, ahead, filled, q_step, k_base, keys, 0, filled, k_step),
+            *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, MASKED),
+        )
+        if MASKED:
+            scores = tl.where(keys[None] <= queries[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        if DROPOUT:
+            keep = _keep(seed, chunk, queries[:, None], keys[None], row, threshold)
+            weights = tl.where(keep, weights * rescale, 0.0)
+        v = _load(v_base, keys, 0, filled, v_step, e, DV, WIDTH, MASKED)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr,  # noqa: ANN001
+    k_ptr,  # noqa: ANN001
+    v_ptr,  # noqa: ANN001
+    out_ptr,  # noqa: ANN001
+    lse_ptr,  # noqa: ANN001
+    seed_ptr,  # noqa: ANN001
+    heads,  # noqa: ANN001
+    positions,  # noqa: ANN001
+    before,  # noqa: ANN001
+    chunk_size,  # noqa: ANN001
+    threshold,  # noqa: ANN001
+    rescale,  # noqa: ANN001
+    q_batch,  # noqa: ANN001
+    q_step,  # noqa: ANN001
+    q_head,  # noqa: ANN001
+    k_batch,  # noqa: ANN001
+    k_step,  # noqa: ANN001
+    k_head,  # noqa: ANN001
+    v_batch,  # noqa: ANN001
+    v_step,  # noqa: ANN001
+    v_head,  # noqa: ANN001
+    out_batch,  # noqa: ANN001
+    out_step,  # noqa: ANN001
+    out_head,  # noqa: ANN001
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """WIDTH columns of the output of OWN queries; the first slice leaves the log2-sum-exp2."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
+    part = tl.program_id(0) % SLICES
+    chunk, tile, tiles, ahead, filled = _place(
+        tl.program_id(0) // SLICES, positions, before, chunk_size, OWN
+    )
+    # The longest rows first.
+    first = (tiles - 1 - tile) * OWN
+    if (first >= filled) | (first + OWN <= ahead):
+        return
+    origin = chunk.to(tl.int64) * chunk_size
+    queries = first + tl.arange(0, OWN)
+    e = part * WIDTH + tl.arange(0, WIDTH)
+    q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
+    k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
+    v_base = v_ptr + b * v_batch + h * v_head + origin * v_step
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    # A row that is not there is a query of zeros: finite, and never stored.
+    q = _own(q_base, queries, ahead, filled, q_step, DK, KEY_WIDTH, DEPTH)
+    acc = tl.zeros([OWN, WIDTH], tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    top = tl.full([OWN], float("-inf"), tl.float32)
+    acc, total, top = _forward_blocks(
+        *(acc, total, top, q, q_base, queries, ahead, q_step, k_base, v_base, k_step, v_step),
+        *(0, first, filled),
+        *(seed, chunk, row, threshold, rescale, e),
+        *(DK, DV, DROPOUT, KEY_WIDTH, OWN, OTHER, WIDTH, DEPTH, False),
+    )
+    acc, total, top = _forward_blocks(
+        *(acc, total, top, q, q_base, queries, ahead, q_step, k_base, v_base, k_step, v_step),
+        *(first, tl.minimum(first + OWN, filled), filled),
+        *(seed, chunk, row, threshold, rescale, e),
+        *(DK, DV, DROPOUT, KEY_WIDTH, OWN, OTHER, WIDTH, DEPTH, True),
+    )
+
+    there = (queries >= ahead) & (queries < filled)
+    out_base = out_ptr + b * out_batch + h * out_head + (origin - before) * out_step
+    tl.store(
+        out_base + queries.to(tl.int64)[:, None] * out_step + e[None],
+        (acc / total[:, None]).to(out_ptr.dtype.element_ty),
+        mask=there[:, None] & (e < DV)[None],
+    )
+    if part == 0:
+        lse_base = lse_ptr + row * (positions - before) + origin - before
+        tl.store(lse_base + queries, top + tl.log2(total), mask=there)
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr,  # noqa: ANN001
+    grad_ptr,  # noqa: ANN001
+    delta_ptr,  # noqa: ANN001
+    heads,  # noqa: ANN001
+    length,  # noqa: ANN001
+    out_batch,  # noqa: ANN001
+    out_step,  # noqa: ANN001
+    out_head,  # noqa: ANN001
+    grad_batch,  # noqa: ANN001
+    grad_step,  # noqa: ANN001
+    grad_head,  # noqa: ANN001
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """delta_t = out_t . grad_out_t, which is the weighted mean of the weights' gradients."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    out_base = out_ptr + b * out_batch + h * out_head
+    grad_base = grad_ptr + b * grad_batch + h * grad_head
+    delta = tl.zeros([ROWS], tl.float32)
+    for start in tl.range(0, DV, WIDTH):
+        e = start + tl.arange(0, WIDTH)
+        out = _load(out_base, t, 0, length, out_step, e, DV, WIDTH, True).to(tl.float32)
+        grad = _load(grad_base, t, 0, length, grad_step, e, DV, WIDTH, True).to(tl.float32)
+        delta += tl.sum(out * grad, 1)
+    tl.store(delta_ptr + row * length + t, delta, mask=t < length)
+
+
+@triton.jit
+def scores_kernel(
+    q_ptr,  # noqa: ANN001
+    k_ptr,  # noqa: ANN001
+    v_ptr,  # noqa: ANN001
+    grad_out_ptr,  # noqa: ANN001
+    lse_ptr,  # noqa: ANN001
+    delta_ptr,  # noqa: ANN001
+    grad_ptr,  # noqa: ANN001
+    seed_ptr,  # noqa: ANN001
+    heads,  # noqa: ANN001
+    positions,  # noqa: ANN001
+    before,  # noqa: ANN001
+    chunk_size,  # noqa: ANN001
+    threshold,  # noqa: ANN001
+    rescale,  # noqa: ANN001
+    q_batch,  # noqa: ANN001
+    q_step,  # noqa: ANN001
+    q_head,  # noqa: ANN001
+    k_batch,  # noqa: ANN001
+    k_step,  # noqa: ANN001
+    k_head,  # noqa: ANN001
+    v_batch,  # noqa: ANN001
+    v_step,  # noqa: ANN001
+    v_head,  # noqa: ANN001
+    grad_out_batch,  # noqa: ANN001
+    grad_out_step,  # noqa: ANN001
+    grad_out_head,  # noqa: ANN001
+    grad_batch,  # noqa: ANN001
+    grad_step,  # noqa: ANN001
+    grad_head,  # noqa: ANN001
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OWN_KEYS: tl.constexpr,
+) -> None:
+    """Gradient of OWN queries, or of OWN keys, through the scores.
+
+    With w = softmax and g = grad_out v^T, the scores' gradient is w (g - delta). Rows are the
+    program's own, columns the others; where the own are keys everything is transposed.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    chunk, tile, tiles, ahead, filled = _place(tl.program_id(0), positions, before, chunk_size, OWN)
+    origin = chunk.to(tl.int64) * chunk_size
+    d = tl.arange(0, KEY_WIDTH)
+    q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
+    k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
+    v_base = v_ptr + b * v_batch + h * v_head + origin * v_step
+    grad_out_base = (
+        grad_out_ptr + b * grad_out_batch + h * grad_out_head + (origin - before) * grad_out_step
+    )
+    lse_base = lse_ptr + row * (positions - before) + origin - before
+    delta_base = delta_ptr + row * (positions - before) + origin - before
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    if OWN_KEYS:
+        first = tile * OWN
+        low = 0
+        begin = tl.maximum(first, ahead) // OTHER * OTHER
+        stop = filled
+    else:
+        first = (tiles - 1 - tile) * OWN
+        low = ahead
+        begin = 0
+        stop = tl.minimum(first + OWN, filled)
+    if (first >= filled) | (first + OWN <= low):
+        return
+    own = first + tl.arange(0, OWN)
+    there = (own >= low) & (own < filled)
+    if OWN_KEYS:
+        mine = _own(k_base, own, low, filled, k_step, DK, KEY_WIDTH, DEPTH)
+    else:
+        mine = _own(q_base, own, low, filled, q_step, DK, KEY_WIDTH, DEPTH)
+        # A query that is not there gives weights of zero.
+        lse = tl.load(lse_base + own, mask=there, other=float("inf"))[:, None]
+        delta = tl.load(delta_base + own, mask=there, other=0.0)[:, None]
+
+    acc = tl.zeros([OWN, KEY_WIDTH], tl.float32)
+    for start in tl.range(begin, stop, OTHER):
+        other = start + tl.arange(0, OTHER)
+        grad_weights = tl.zeros([OWN, OTHER], tl.float32)
+        for column in tl.range(0, DV, WIDTH):
+            e = column + tl.arange(0, WIDTH)
+            if OWN_KEYS:
+                left = _load(v_base, own, low, filled, v_step, e, DV, WIDTH, True)
+                right = _load(
+                    grad_out_base, other, ahead, filled, grad_out_step, e, DV, WIDTH, True
+                )
+            else:
+                left = _load(grad_out_base, own, low, filled, grad_out_step, e, DV, WIDTH, True)
+                right = _load(v_base, other, 0, filled, v_step, e, DV, WIDTH, True)
+            grad_weights = tl.dot(left, right.T, grad_weights, input_precision="tf32x3")
+        if OWN_KEYS:
+            scores = _scores(
+                *(mine, k_base, own, low, filled, k_step, q_base, other, ahead, filled, q_step),
+                *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
+            )
+            theirs = _load(q_base, other, ahead, filled, q_step, d, DK, KEY_WIDTH, True)
+            real = (other >= ahead) & (other < filled)
+            lse = tl.load(lse_base + other, mask=real, other=float("inf"))[None]
+            delta = tl.load(delta_base + other, mask=real, other=0.0)[None]
+            seen = own[:, None] <= other[None]
+        else:
+            scores = _scores(
+                *(mine, q_base, own, low, filled, q_step, k_base, other, 0, filled, k_step),
+                *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
+            )
+            theirs = _load(k_base, other, 0, filled, k_step, d, DK, KEY_WIDTH, True)
+            seen = other[None] <= own[:, None]
+        weights = tl.where(seen, tl.exp2(scores - lse), 0.0)
+        if DROPOUT:
+            if OWN_KEYS:
+                keep = _keep(seed, chunk, other[None], own[:, None], row, threshold)
+            else:
+                keep = _keep(seed, chunk, own[:, None], other[None], row, threshold)
+            grad_weights = tl.where(keep, grad_weights * rescale, 0.0)
+        grad_scores = (weights * (grad_weights - delta)).to(theirs.dtype)
+        acc = tl.dot(grad_scores, theirs, acc, input_precision="tf32x3")
+
+    if OWN_KEYS:
+        grad_base = grad_ptr + b * grad_batch + h * grad_head + origin * grad_step
+    else:
+        grad_base = grad_ptr + b * grad_batch + h * grad_head + (origin - before) * grad_step
+    tl.store(
+        grad_base + own.to(tl.int64)[:, None] * grad_step + d[None],
+        acc.to(grad_ptr.dtype.element_ty),
+        mask=there[:, None] & (d < DK)[None],
+    )
+
+
+@triton.jit
+def values_kernel(
+    q_ptr,  # noqa: ANN001
+    k_ptr,  # noqa: ANN001
+    grad_out_ptr,  # noqa: ANN001
+    lse_ptr,  # noqa: ANN001
+    grad_v_ptr,  # noqa: ANN001
+    seed_ptr,  # noqa: ANN001
+    heads,  # noqa: ANN001
+    positions,  # noqa: ANN001
+    before,  # noqa: ANN001
+    chunk_size,  # noqa: ANN001
+    threshold,  # noqa: ANN001
+    rescale,  # noqa: ANN001
+    q_batch,  # noqa: ANN001
+    q_step,  # noqa: ANN001
+    q_head,  # noqa: ANN001
+    k_batch,  # noqa: ANN001
+    k_step,  # noqa: ANN001
+    k_head,  # noqa: ANN001
+    grad_out_batch,  # noqa: ANN001
+    grad_out_step,  # noqa: ANN001
+    grad_out_head,  # noqa: ANN001
+    grad_v_batch,  # noqa: ANN001
+    grad_v_step,  # noqa: ANN001
+    grad_v_head,  # noqa: ANN001
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """WIDTH columns of the gradient of OWN values: weights^T grad_out."""
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
+    part = tl.program_id(0) % SLICES
+    chunk, tile, tiles, ahead, filled = _place(
+        tl.program_id(0) // SLICES, positions, before, chunk_size, OWN
+    )
+    # The first keys are seen by the most queries.
+    first = tile * OWN
+    if first >= filled:
+        return
+    origin = chunk.to(tl.int64) * chunk_size
+    keys = first + tl.arange(0, OWN)
+    e = part * WIDTH + tl.arange(0, WIDTH)
+    q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
+    k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
+    grad_out_base = (
+        grad_out_ptr + b * grad_out_batch + h * grad_out_head + (origin - before) * grad_out_step
+    )
+    lse_base = lse_ptr + row * (positions - before) + origin - before
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    k = _own(k_base, keys, 0, filled, k_step, DK, KEY_WIDTH, DEPTH)
+    acc = tl.zeros([OWN, WIDTH], tl.float32)
+    for start in tl.range(tl.maximum(first, ahead) // OTHER * OTHER, filled, OTHER):
+        queries = start + tl.arange(0, OTHER)
+        scores = _scores(
+            *(k, k_base, keys, 0, filled, k_step, q_base, queries, ahead, filled, q_step),
+            *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
+        )
+        # A query that is not there gives weights of zero.
+        real = (queries >= ahead) & (queries < filled)
+        lse = tl.load(lse_base + queries, mask=real, other=float("inf"))[None]
+        weights = tl.where(keys[:, None] <= queries[None], tl.exp2(scores - lse), 0.0)
+        if DROPOUT:
+            keep = _keep(seed, chunk, queries[None], keys[:, None], row, threshold)
+            weights = tl.where(keep, weights * rescale, 0.0)
+        grad_out = _load(grad_out_base, queries, ahead, filled, grad_out_step, e, DV, WIDTH, True)
+        acc = tl.dot(weights.to(grad_out.dtype), grad_out, acc, input_precision="tf32x3")
+
+    grad_v_base = grad_v_ptr + b * grad_v_batch + h * grad_v_head + origin * grad_v_step
+    tl.store(
+        grad_v_base + keys.to(tl.int64)[:, None] * grad_v_step + e[None],
+        acc.to(grad_v_ptr.dtype.element_ty),
+        mask=(keys < filled)[:, None] & (e < DV)[None],
+    )
