@@ -45,12 +45,13 @@ def peak_extra_bytes(function: Callable[[], object]) -> int:
     # Freed memory that the allocator keeps would hide what the next call takes.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     function()
-    return _status("VmHWM") - before
+    return process_bytes("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def process_bytes(name: str) -> int:
+    """A figure of /proc/self/status, such as VmRSS (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return 1024 * int(line.split()[1])

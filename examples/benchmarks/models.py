@@ -41,15 +41,19 @@ def megatron() -> Iterator[None]:
     stand_in.undo()
 
 
-def transformer_config(dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN401
-    """Megatron's configuration of SIZES; `options` replace values."""
+def transformer_config(
+    dtype: torch.dtype,
+    sizes: dict[str, int] = SIZES,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Megatron's configuration of these sizes; `options` replace values."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     values: dict[str, Any] = {
-        "num_layers": SIZES["layers"],
-        "hidden_size": SIZES["hidden_size"],
+        "num_layers": sizes["layers"],
+        "hidden_size": sizes["hidden_size"],
         "num_attention_heads": 1,
-        "ffn_hidden_size": SIZES["ffn"],
+        "ffn_hidden_size": sizes["ffn"],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "add_bias_linear": False,
@@ -63,7 +67,7 @@ def transformer_config(dtype: torch.dtype, **options: Any) -> Any:  # noqa: ANN4
     return TransformerConfig(**(values | options))
 
 
-def megalodon(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES) -> torch.nn.Module:
     """GPTModel with Megalodon's spec."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -71,18 +75,18 @@ def megalodon(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     from megalodon_mcore.spec import MegalodonSpec
 
     own = MegalodonConfig(
-        chunk_size=SIZES["chunk"],
-        z_dim=SIZES["z_dim"],
-        value_dim=SIZES["value_dim"],
-        norm_num_groups=SIZES["groups"],
+        chunk_size=sizes["chunk"],
+        z_dim=sizes["z_dim"],
+        value_dim=sizes["value_dim"],
+        norm_num_groups=sizes["groups"],
     )
     size = MegalodonSize(
-        SIZES["layers"], SIZES["hidden_size"], 1, SIZES["ffn"], False, 10_000, False, own
+        sizes["layers"], sizes["hidden_size"], 1, sizes["ffn"], False, 10_000, False, own
     )
     return GPTModel(
-        config=transformer_config(dtype),
+        config=transformer_config(dtype, sizes),
         transformer_layer_spec=MegalodonSpec(size),
-        vocab_size=SIZES["vocabulary"],
+        vocab_size=sizes["vocabulary"],
         max_sequence_length=1 << 20,
         position_embedding_type="none",
     )
