@@ -24,6 +24,7 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
 - TORCHDYNAMO_DISABLE: 1, because Megatron's jit_fuser compiles.
 - Transformer Engine's optimizers: an ImportError, on which Megatron takes torch's.
 - CUDA_DEVICE_MAX_CONNECTIONS: 1 unless it is set, which Megatron demands for overlap on a GPU.
+- glibc's allocator: keeps freed memory; `undo()` leaves that.
 - Megatron's warning that the CPU's RNG state changed: silence, for the two states are one here.
 
 CUDA graphs, memory pools, raw stream and library handles, profilers and device sensors are refused.
@@ -52,6 +53,8 @@ import torch.cuda.nvtx
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+
+from megalodon_mcore.allocator import keep_freed_memory
 
 _CPU = torch.device("cpu")
 
@@ -455,6 +458,7 @@ def install(devices: int | None = None) -> _StandIn:
     """
     stand_in = _StandIn(devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not torch.cuda.is_available():
+        keep_freed_memory()
         stand_in.put_in_place()
     return stand_in
 
