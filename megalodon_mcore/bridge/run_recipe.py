@@ -22,7 +22,7 @@ def run(command: str, argv: list[str]) -> int:
         ValueError: a value of the recipe does not fit; one sentence names it.
     """
     finetunes = command == "finetune-recipe"
-    args = _parser(command, finetunes).parse_args(argv)
+    args = _parser(command, finetunes).parse_intermixed_args(argv)
     cfg = RECIPES[args.recipe]()
     if finetunes:
         cfg = finetune_config(cfg, args.pretrained, args.data)
@@ -46,7 +46,7 @@ def describe(name: str, cfg: ConfigContainer) -> str:
             f"recipe      {name}",
             f"model       {model.num_layers} layers of width {model.hidden_size}",
             f"sequences   {model.seq_length} tokens, chunks of {model.megalodon_chunk_size}",
-            f"layout      {sizes}, {train.micro_batch_size} sequences at once",
+            f"layout      {sizes}, micro-batches of {train.micro_batch_size}",
             f"precision   {cfg.mixed_precision or 'float32'}",
             f"batches     {train.train_iters} of {train.global_batch_size} sequences "
             f"({tokens} tokens)",

@@ -8,7 +8,7 @@ from megalodon_mcore.bridge.recipes.paper import paper_config
 def megalodon_7b_4k_pretrain_config() -> ConfigContainer:
     """The 7B on sequences of 4,096 tokens, one chunk each; TP 2.
 
-    On one rank weights and gradients alone would take 41 GiB, and one sequence makes it 73.8. TP 2
+    On one rank weights and gradients alone would take 41 GiB, and one sequence makes it 73.7. TP 2
     inside a node halves them and leaves room for two sequences at once: 57.1 GiB of 80 on 64 GPUs
     (formula).
     """

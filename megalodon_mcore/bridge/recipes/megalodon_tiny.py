@@ -36,6 +36,7 @@ def megalodon_tiny_pretrain_config() -> ConfigContainer:
     cfg.train.manual_gc = False
     cfg.validation.eval_iters = 2
     cfg.validation.eval_interval = cfg.checkpoint.save_interval = 20
+    cfg.checkpoint.dist_ckpt_optim_fully_reshardable = True
     cfg.optimizer.lr, cfg.optimizer.min_lr = 1e-2, 1e-3
     cfg.optimizer.bf16 = False
     cfg.scheduler.lr_warmup_iters = 2

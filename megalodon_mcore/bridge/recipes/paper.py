@@ -57,6 +57,7 @@ def paper_config(
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
         context_parallel_size=cp,
+        transformer_impl="transformer_engine",
     )
     if selective_recompute:
         cfg.model.recompute_granularity = "selective"
@@ -83,6 +84,8 @@ def paper_config(
     cfg.train.global_batch_size = TOKENS_PER_BATCH // seq_length
     cfg.train.train_iters = -(-TRAINING_TOKENS // TOKENS_PER_BATCH)
     cfg.validation.eval_interval = cfg.checkpoint.save_interval = 2000
+    # So that a run can go on with another layout.
+    cfg.checkpoint.dist_ckpt_optim_fully_reshardable = True
     cfg.mixed_precision = "bf16_mixed"
     cfg.env_vars = dict(COMMON_RECIPE_ENV_VARS)
     if tp > 1:

@@ -1,0 +1,128 @@
+"""The recipes: what their docstrings promise, and that the tiny one trains and fine-tunes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from needs_bridge import MARKS
+
+from conversion.conversion_samples import convert, hf_folder
+from megalodon_mcore.accounting import ModelShape
+from megalodon_mcore.config import SIZES
+from megalodon_mcore.planning.layout import ParallelLayout, check_layout
+from megalodon_mcore.planning.report import memory
+from training.runs import launch, scalars
+
+pytestmark = MARKS
+
+SIZE_OF = {"200m": "200m", "1.3b": "1.3b", "7b": "7b-paper"}
+COMMAND = ("-m", "megalodon_mcore")
+GIBIBYTE = 2**30
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """Facts of every recipe by its name, from a process of its own."""
+    program = Path(__file__).parent / "recipe_facts.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_each_layout_takes_the_memory_that_its_recipe_says(recipes):
+    assert len(recipes) == 9
+    for name, recipe in recipes.items():
+        if name == "tiny":
+            continue
+        text = " ".join(recipe["doc"].split())
+        promised, ranks = re.search(r"([\d.]+) GiB of 80 on (\d+) GPUs \(formula\)", text).groups()
+        tp, cp = recipe["tp"], recipe["cp"]
+        # Megatron pads the vocabulary to a multiple of 128 on every rank.
+        shape = ModelShape.of(
+            SIZES[SIZE_OF[name.split("-")[0]]], -(-32_000 // (128 * tp)) * 128 * tp
+        )
+        layout = ParallelLayout(
+            seq_length=recipe["seq_length"],
+            tp=tp,
+            cp=cp,
+            dp=int(ranks) // (tp * cp),
+            micro_batch_size=recipe["micro_batch_size"],
+            order="zigzag",
+            recompute="selective" if recipe["recompute"] else "none",
+        )
+        check_layout(shape, layout)
+        assert f"{sum(memory(shape, layout, 0).values()) / GIBIBYTE:.1f}" == promised, name
+        assert float(promised) < 64, f"{name} leaves less than a fifth of a GPU free"
+        batch = recipe["micro_batch_size"] * layout.dp
+        assert recipe["global_batch_size"] % batch == 0, f"{name}: {ranks} GPUs don't share a batch"
+
+
+def test_all_are_trained_as_in_the_paper(recipes):
+    for name, recipe in recipes.items():
+        if name == "tiny":
+            continue
+        assert recipe["global_batch_size"] * recipe["seq_length"] == 2**22
+        assert 2e12 <= recipe["train_iters"] * 2**22 < 2e12 + 2**22
+        assert recipe["adam"] == [0.9, 0.95]
+        assert recipe["weight_decays"] == [0.1, 0.1, 0.1]
+        assert (recipe["lr"], recipe["clip"], recipe["decay"]) == (3.5e-4, 1.0, "cosine")
+        assert recipe["dropouts"] == [0.0, 0.0, 0.0]
+        assert recipe["precision"] == "bf16_mixed"
+        assert recipe["transformer_impl"] == "transformer_engine"
+
+
+def train(folder, *arguments, processes=1):
+    run = launch(
+        *(*COMMAND, *arguments, f"logger.tensorboard_dir={folder / 'tensorboard'}"),
+        *(f"checkpoint.{z}={folder / 'checkpoints'}" for z in ("save", "load")),
+        processes=processes,
+    )
+    assert run.returncode == 0, run.stdout[-6000:]
+    return scalars(folder / "tensorboard", "lm loss")
+
+
+def test_the_tiny_recipe_trains_and_goes_on_over_two_ranks(tmp_path):
+    losses = train(tmp_path, "pretrain-recipe", "tiny")
+    assert sorted(losses) == list(range(1, 21))
+    assert losses[20] < 0.2 * losses[1]
+
+    layout = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+    losses = train(
+        tmp_path, "pretrain-recipe", "tiny", *layout, "train.train_iters=24", processes=2
+    )
+    assert max(losses) == 24
+    assert losses[21] < 1.5 * losses[20]
+
+
+def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
+    model = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=2)
+    saved = hf_folder(
+        tmp_path / "saved", "one-head", tokenizer=True, swiglu=True, chunk_size=16, **model
+    )
+    export = tmp_path / "export"
+    assert convert("hf", "hf", saved, export) == 0
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("training", "validation"):
+        lines = [json.dumps({"input": f"{n} and", "output": f"{n + 1}"}) for n in range(40)]
+        (data / f"{split}.jsonl").write_text("\n".join(lines))
+    losses = train(
+        tmp_path,
+        *("finetune-recipe", "tiny", "--pretrained", str(export), "--data", str(data)),
+        *("train.train_iters=8", "optimizer.lr=3e-3"),
+    )
+    assert sorted(losses) == list(range(1, 9))
+    assert losses[8] < 0.8 * losses[1]
+
+
+def test_a_wrong_value_is_named_before_training(tmp_path):
+    run = launch(
+        *(*COMMAND, "pretrain-recipe", "tiny", "--dry-run", "model.megalodon_z_dim=17"),
+    )
+    assert run.returncode == 2
+    assert "z_dim is 17, which the 2 heads (--num-attention-heads) do not divide" in run.stdout
