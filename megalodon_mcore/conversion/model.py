@@ -59,11 +59,16 @@ class OpenModel:
             )
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{parameter.hf} has type {tensor.dtype}; it takes floating point.")
-        # A sum is NaN or infinite if a value is, and needs no second tensor of that size.
-        if not tensor.sum(dtype=torch.float64).isfinite():
+        if not _all_finite(tensor):
             raise ValueError(f"{parameter.hf} has NaN or infinite values.")
         return tensor.to(torch.float32 if parameter.float32 else dtype or self.dtype)
 
     def written_dtype(self, parameter: Parameter, dtype: torch.dtype | None) -> torch.dtype:
         """What `read` returns it in."""
         return torch.float32 if parameter.float32 else dtype or self.dtype
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Part by part, since torch casts what it sums; a sum is NaN or infinite if a value is."""
+    rows = max(1, 2**20 // max(1, tensor[0].numel()))
+    return all(part.sum(dtype=torch.float64).isfinite() for part in tensor.split(rows))
