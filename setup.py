@@ -37,6 +37,7 @@ setup(
             # Megatron-FSDP's; transformers' Trainer and device_map.
             "einops==0.8.2",
             "accelerate==1.15.0",
+            "lm-eval==0.4.13",
         ],
     },
     entry_points={"console_scripts": ["megalodon-mcore = megalodon_mcore.__main__:main"]},

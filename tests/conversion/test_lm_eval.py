@@ -1,0 +1,78 @@
+"""lm-evaluation-harness scores an export as its logits do, on local text, offline."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conversion_samples import build, convert, hf_folder
+
+from megalodon_mcore.data.byte_tokenizer import encode_bytes
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (it is in the test extra)")
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "lm_eval"
+NAME, BEGIN = "one-head", 256
+
+
+def log_likelihoods(tokens):
+    """Of each token but the first, given all before it, from the model's own logits."""
+    whole = torch.tensor([tokens])
+    with torch.no_grad():
+        logits = build(NAME)(whole[:, :-1]).logits.double()
+    return logits.log_softmax(-1).gather(-1, whole[:, 1:, None])[0, :, 0]
+
+
+@pytest.mark.slow
+def test_its_scores_are_those_of_the_logits(tmp_path):
+    start = hf_folder(tmp_path / "start", NAME, tokenizer=True)
+    assert convert("hf", "mcore", start, tmp_path / "mcore") == 0
+    assert convert("mcore", "hf", tmp_path / "mcore", tmp_path / "export") == 0
+    text = 3 * (EXAMPLES / "local_text.py").read_text(encoding="utf-8") + "Ünïcødé"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"),
+            *("--model_args", f"pretrained={tmp_path}/export,trust_remote_code=True"),
+            *("--include_path", str(EXAMPLES), "--tasks", "local_perplexity,local_continuation"),
+            *("--metadata", json.dumps({"text": str(tmp_path / "text.txt")}), "--log_samples"),
+            *("--output_path", str(tmp_path / "scores")),
+        ],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (report,) = (tmp_path / "scores").rglob("results_*.json")
+    results = json.loads(report.read_text())["results"]
+
+    # lm-eval reads windows of 2,048 tokens; what the last one lacks, it gets as context.
+    tokens, total = [BEGIN, *encode_bytes(text).tolist()], 0.0
+    assert len(tokens) > 2 * 2048
+    for first in range(0, len(tokens) - 1, 2048):
+        last = min(first + 2048, len(tokens) - 1)
+        window = tokens[max(0, last - 2048) : last + 1]
+        total += log_likelihoods(window)[first - last :].sum().item()
+    expected = -total / len(text.encode()) / math.log(2)
+    assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
+
+    (samples,) = (tmp_path / "scores").rglob("samples_local_continuation_*.jsonl")
+    right = []
+    for sample in map(json.loads, samples.read_text(encoding="utf-8").splitlines()):
+        document, scores = sample["doc"], []
+        for choice in document["choices"]:
+            # A context's last spaces are scored with what follows.
+            kept = len(encode_bytes(document["context"].rstrip()))
+            both = encode_bytes(document["context"] + choice).tolist()
+            scores.append(log_likelihoods(both)[kept - 1 :].sum().item())
+        told = [float(answer[0][0]) for answer in sample["resps"]]
+        assert told == pytest.approx(scores, rel=1e-5)
+        right.append(max(range(len(scores)), key=scores.__getitem__) == document["answer"])
+    assert len(right) == 100
+    accuracy = sum(right) / len(right)
+    assert results["local_continuation"]["acc,none"] == pytest.approx(accuracy)
