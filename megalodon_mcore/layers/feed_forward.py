@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.kernels.gates import swiglu
 from megalodon_mcore.layers.float32_module import Float32Module
 from megalodon_mcore.layers.initialization import projection_initializer
 from megalodon_mcore.layers.norms import LayerNormParameters
@@ -96,11 +97,7 @@ class MegalodonFeedForward(MegatronModule):
         else:
             normalized = self.norm(hidden_states).to(self.config.params_dtype)
             hidden, _ = self.linear_fc1(normalized)
-        if self.swiglu:
-            gate, linear = hidden.chunk(2, dim=-1)
-            hidden = F.silu(gate) * linear
-        else:
-            hidden = F.silu(hidden)
+        hidden = swiglu(hidden) if self.swiglu else F.silu(hidden)
         with dropout_rng.for_own_part(self.split):
             hidden = F.dropout(hidden, self.hidden_dropout, self.training)
         output, _ = self.linear_fc2(hidden)

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from megalodon_mcore.config import ResolvedMegalodonConfig
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
-from megalodon_mcore.kernels.rotary import apply_rotary
+from megalodon_mcore.kernels.gates import gated_silu
 from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import concatenated_initializer, projection_initializer
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
-from megalodon_mcore.layers.query_key import QueryKeyAffine
+from megalodon_mcore.layers.query_key import QueryKey
 from megalodon_mcore.layers.submodules import Builder, MegalodonLayerSubmodules
 from megalodon_mcore.parallel import dropout_rng
 from megalodon_mcore.parallel.checkpoint_shards import (
@@ -70,7 +70,6 @@ class MegalodonMixer(MegatronModule):
         super().__init__(config=config)
         hidden_size, eps = config.hidden_size, config.layernorm_epsilon
         self.megalodon = megalodon
-        self.rotary_base = rotary_base
         self.tp_group = pg_collection.tp
         self.parallel = parallel
         self.split = split = TensorSplit(
@@ -91,7 +90,9 @@ class MegalodonMixer(MegatronModule):
         )
         self.cema_norm = RMSNorm(hidden_size, eps, device)
         head_dim = megalodon.z_dim // megalodon.num_heads
-        self.query_key = QueryKeyAffine(split.heads, head_dim, eps, device)
+        self.query_key = QueryKey(
+            split.heads, head_dim, eps, rotary_base, megalodon.chunk_size, device
+        )
 
         def initializer(fan_in: int, fan_out: int):  # noqa: ANN202
             return projection_initializer(megalodon.init_mode, fan_in, fan_out)
@@ -215,7 +216,6 @@ class MegalodonMixer(MegatronModule):
         return_state: bool,
     ) -> tuple[Tensor, AttentionState | None]:
         """a * r from what z, v and r are before normalization and SiLU; [length, batch, ...]."""
-        query, key = self.query_key(z)
         value = F.silu(value).unflatten(-1, (self.split.heads, -1))
         shards = self.parallel.context_shards(z.shape[0])
         # Ranks that share a head drop the same of its weights.
@@ -224,55 +224,42 @@ class MegalodonMixer(MegatronModule):
         )
         with attention_rng(self.split):
             if shards is None:
-                offset = 0 if state is None else state.key.shape[1]
-                key = self._rotate(key, offset)
-                attended, state = self._attend(query, key, value, offset, state, return_state)
+                query, key = self.query_key(z, 0 if state is None else state.key.shape[1])
+                attended, state = self._attend(query, key, value, state, return_state)
             else:
-                attended = self._attend_shards(query, key, value, shards)
-        gated = attended.flatten(-2) * F.silu(gate)
+                attended = self._attend_shards(z, value, shards)
+        gated = gated_silu(gate, attended.flatten(-2))
         with dropout_rng.for_own_part(self.split):
             return F.dropout(gated, self.megalodon.hidden_dropout, self.training), state
 
-    def _attend_shards(
-        self, query: Tensor, key: Tensor, value: Tensor, shards: SequenceShards
-    ) -> Tensor:
-        key = torch.cat(
-            [
-                self._rotate(part, segment.start)
-                for segment, part in zip(shards.own, shards.split(key), strict=True)
-            ]
+    def _attend_shards(self, z: Tensor, value: Tensor, shards: SequenceShards) -> Tensor:
+        queries, keys = zip(
+            *[
+                self.query_key(part, segment.start)
+                for segment, part in zip(shards.own, shards.split(z), strict=True)
+            ],
+            strict=True,
         )
+        key = torch.cat(keys) if len(keys) > 1 else keys[0]
         width = key.shape[-1]
         pieces = with_chunk_prefixes(
             shards, torch.cat([key, value], dim=-1), self.megalodon.chunk_size
         )
         attended = []
-        for segment, part, (before, held) in zip(
-            shards.own, shards.split(query), pieces, strict=True
-        ):
+        for query, (before, held) in zip(queries, pieces, strict=True):
             before = before.transpose(0, 1)
             prefix = AttentionState(before[..., :width], before[..., width:])
-            attended.append(
-                self._attend(part, held[..., :width], held[..., width:], segment.start, prefix)[0]
-            )
+            attended.append(self._attend(query, held[..., :width], held[..., width:], prefix)[0])
         return torch.cat(attended) if len(attended) > 1 else attended[0]
-
-    def _rotate(self, x: Tensor, offset: int) -> Tensor:
-        rotated = apply_rotary(
-            x.transpose(0, 1), self.rotary_base, offset, self.megalodon.chunk_size
-        )
-        return rotated.transpose(0, 1)
 
     def _attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        offset: int,
         state: AttentionState | None,
         return_state: bool = False,
     ) -> tuple[Tensor, AttentionState | None]:
-        query = self._rotate(query, offset)
         attended, state = chunked_attention(
             *(part.transpose(0, 1) for part in (query, key, value)),
             self.megalodon.chunk_size,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from megalodon_mcore.kernels.row_norm import layer_norm, rms_norm
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
     timestep_norm,
@@ -102,10 +102,7 @@ class RMSNorm(Float32Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalizes [..., hidden_size] and keeps its dtype."""
-        normalized = F.rms_norm(
-            hidden_states.float(), self.weight.shape, self.weight + 1.0, eps=self.eps
-        )
-        return normalized.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps)
 
 
 class LayerNorm(Float32Module):
@@ -119,10 +116,7 @@ class LayerNorm(Float32Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalizes [..., hidden_size] and keeps its dtype."""
-        normalized = F.layer_norm(
-            hidden_states.float(), self.weight.shape, self.weight + 1.0, self.bias, self.eps
-        )
-        return normalized.to(hidden_states.dtype)
+        return layer_norm(hidden_states, self.weight, self.bias, self.eps)
 
 
 class LayerNormParameters(Float32Module):

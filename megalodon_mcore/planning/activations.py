@@ -30,25 +30,25 @@ def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, in
         residual stream           S D a               TimestepNorm's input
         TimestepNorm statistics   12 S G              a float64 and a float32 per group
         normalized input          T D a               t, gathered: input of CEMA and of v
-        averages                  4 T D + 4 T         float32 input of the RMSNorm, and 1/rms
+        averages                  T D a + 4 T         input of the RMSNorm, and 1/rms
         mixed                     T D a               m: input of z and r
-        z                         8 T z + 4 T h       float32, before and after its RMSNorm; 1/rms
+        z                         T z a               before its RMSNorm
         queries, keys, values     (2 z + e) T a       attention's inputs
         values before SiLU        e T a
-        gate                      3 e T a             r before and after SiLU, and a
+        gate                      2 e T a             r before SiLU, and a
         straddling chunks         (2 z + e) T a + (z + e) B p a, at most
         output projection input   (D/tp + e) T a      [m's channels, a * r]
-        FFN LayerNorm             4 S D + 8 S         float32 input; mean and 1/deviation
+        FFN LayerNorm             S D a + 8 S         its input; mean and 1/deviation
         FFN input                 S D a
-        FFN hidden                4 f T a or 2 f T a  the larger one with SwiGLU
+        FFN hidden                3 f T a or 2 f T a  the larger one with SwiGLU
         rescaled output           S D a               with rescale_nffn
 
     The straddling chunks' term is there where some segment does not start at a chunk: p positions
     come before the segments of a rank in their chunks, and pieces of chunks are kept as copies
     beside the whole. The others are exact.
 
-    FFN hidden is what W1 and W3 give, SiLU of the one and its product with the other; without
-    SwiGLU what W1 gives and its SiLU.
+    FFN hidden is what W1 and W3 give and SiLU of the one times the other; without SwiGLU what W1
+    gives and its SiLU. Without the Triton kernels the gate keeps SiLU of r too, e T a more.
 
     With --recompute selective the attention keeps z, v and r before SiLU, (z + 2 e) T a, in place
     of the terms from z to straddling chunks, and the FFN its input in the residual stream, S D a,
@@ -64,7 +64,7 @@ def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, in
         "residual stream": residual,
         "TimestepNorm statistics": held * own.norm_num_groups * (BYTES_FLOAT64 + BYTES_FLOAT32),
         "normalized input": tokens * d * a,
-        "averages": BYTES_FLOAT32 * tokens * (d + 1),
+        "averages": tokens * (d * a + BYTES_FLOAT32),
         "mixed": tokens * d * a,
     }
     terms |= _attention(shape, layout)
@@ -77,12 +77,11 @@ def _attention(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
     z, e = own.z_dim * head_ranks(shape, layout) // layout.tp, own.value_dim // layout.tp
     if layout.recompute == "selective":
         return {"z, values and gate before attention": tokens * (z + 2 * e) * a}
-    heads = max(1, own.num_heads // layout.tp)
     terms = {
-        "z": BYTES_FLOAT32 * tokens * (2 * z + heads),
+        "z": tokens * z * a,
         "queries, keys, values": tokens * (2 * z + e) * a,
         "values before SiLU": tokens * e * a,
-        "gate": 3 * tokens * e * a,
+        "gate": 2 * tokens * e * a,
     }
     before = _positions_before(shape, layout)
     if before:
@@ -104,9 +103,9 @@ def _feed_forward(shape: ModelShape, layout: ParallelLayout) -> dict[str, int]:
     if layout.recompute == "selective":
         return {"FFN's input in the residual stream": held * d * a}
     terms = {
-        "FFN LayerNorm": BYTES_FLOAT32 * held * (d + 2),
+        "FFN LayerNorm": held * (d * a + 2 * BYTES_FLOAT32),
         "FFN input": held * d * a,
-        "FFN hidden": (4 if shape.swiglu else 2) * tokens * f * a,
+        "FFN hidden": (3 if shape.swiglu else 2) * tokens * f * a,
     }
     if shape.megalodon.rescale_nffn:
         terms["rescaled output"] = held * d * a
