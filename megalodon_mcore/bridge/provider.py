@@ -104,7 +104,8 @@ class MegalodonModelProvider(GPTModelProvider):
         heads = math.lcm(self.megalodon_num_heads, self.tensor_model_parallel_size)
         self.num_attention_heads = self.num_query_groups = heads
         self.kv_channels = None
-        if not _has_fused_accumulation() and self.transformer_impl == "local":
+        # The output layer is Megatron's own whatever the others are.
+        if not _has_fused_accumulation():
             self.gradient_accumulation_fusion = False
         super().finalize()
         megalodon, order = self.megalodon_spec().check(self, self.position_embedding_type)

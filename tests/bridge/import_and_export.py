@@ -1,9 +1,9 @@
 """Run as a program on every rank: Bridge loads an export; the weights are those of a checkpoint.
 
-python -m megalodon_mcore.cpu import_and_export.py EXPORT CHECKPOINT RESULT TP PP
+python -m megalodon_mcore.cpu import_and_export.py EXPORT CHECKPOINT RESULT TP PP IMPLEMENTATION
 
 EXPORT is a Hugging Face folder, CHECKPOINT what `megalodon-mcore convert` made of it for Megatron,
-RESULT where Bridge writes the model back.
+RESULT where Bridge writes the model back, IMPLEMENTATION whose linear layers it is built of.
 """
 
 import sys
@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from distributed import checkpoints
 
 
-def main(export, checkpoint, result, tp, pp):
+def main(export, checkpoint, result, tp, pp, implementation):
     stand_alone_environment()
     bridge = AutoBridge.from_hf_pretrained(export, trust_remote_code=True)
     provider = bridge.to_megatron_provider()
+    provider.transformer_impl = implementation
     provider.tensor_model_parallel_size = int(tp)
     provider.pipeline_model_parallel_size = int(pp)
     provider.pipeline_dtype = provider.params_dtype
@@ -49,7 +50,7 @@ def main(export, checkpoint, result, tp, pp):
 
 
 def tensors(model):
-    return {name: z for name, z in model.state_dict().items() if isinstance(z, torch.Tensor)}
+    return {name: z.detach() for name, z in model.named_parameters()}
 
 
 if __name__ == "__main__":

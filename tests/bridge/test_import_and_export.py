@@ -19,17 +19,17 @@ pytestmark = MARKS
 
 PROGRAM = ("-m", "megalodon_mcore.cpu", str(Path(__file__).parent / "import_and_export.py"))
 CASES = {
-    "one-process": ("one-head", torch.float32, 1, 1),
-    "tp2-pp2": ("swiglu-two-heads-rescale", torch.bfloat16, 2, 2),
-    "pp2-tied": ("tied-scaled-four-heads", torch.float32, 1, 2),
-    "tp2-shared-head": ("one-head", torch.bfloat16, 2, 1),
+    "one-process": ("one-head", torch.float32, 1, 1, "local"),
+    "tp2-pp2": ("swiglu-two-heads-rescale", torch.bfloat16, 2, 2, "transformer_engine"),
+    "pp2-tied": ("tied-scaled-four-heads", torch.float32, 1, 2, "local"),
+    "tp2-shared-head": ("one-head", torch.bfloat16, 2, 1, "local"),
 }
-"""A model of conversion_samples, its type, tensor-parallel ranks and pipeline stages."""
+"""A model of conversion_samples, its type, TP ranks, pipeline stages and linear layers."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_export_comes_in_as_converted_and_goes_out_as_it_was(case, tmp_path):
-    name, dtype, tp, pp = CASES[case]
+    name, dtype, tp, pp, implementation = CASES[case]
     saved = hf_folder(tmp_path / "saved", name, dtype, tokenizer=True, vocab_size=257)
     export, mcore, result = (tmp_path / z for z in ("export", "mcore", "result"))
     assert convert("hf", "hf", saved, export) == 0
@@ -38,7 +38,15 @@ def test_an_export_comes_in_as_converted_and_goes_out_as_it_was(case, tmp_path):
 
     # The program compares the weights that Bridge loads with those of the converted checkpoint.
     run = launch(
-        *(*PROGRAM, str(export), str(mcore / "release"), str(result), str(tp), str(pp)),
+        *(
+            *PROGRAM,
+            str(export),
+            str(mcore / "release"),
+            str(result),
+            str(tp),
+            str(pp),
+            implementation,
+        ),
         processes=tp * pp,
     )
     assert run.returncode == 0, run.stdout[-6000:]
