@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megalodon_mcore.cpu import unwatched
 from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.mixer import MixerState
 
@@ -51,12 +52,13 @@ class StreamingModel:
             raise ValueError("tokens is empty; give at least one.")
         collected = []
         pieces = tokens.split(self.piece_length, dim=1)
-        for index, piece in enumerate(pieces):
-            hidden_states, state = self._hidden_states(piece, state)
-            if all_logits:
-                collected.append(self._logits(hidden_states))
-            elif index == len(pieces) - 1:
-                collected.append(self._logits(hidden_states[-1:]))
+        with unwatched():
+            for index, piece in enumerate(pieces):
+                hidden_states, state = self._hidden_states(piece, state)
+                if all_logits:
+                    collected.append(self._logits(hidden_states))
+                elif index == len(pieces) - 1:
+                    collected.append(self._logits(hidden_states[-1:]))
         assert state is not None
         return torch.cat(collected, dim=1), state
 

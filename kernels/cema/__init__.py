@@ -4,9 +4,25 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .portable import cema_portable, cema_response_portable, coefficients, powers
+from .portable import (
+    RecurrenceWeights,
+    cema_portable,
+    cema_response_portable,
+    coefficients,
+    powers,
+    recur,
+    recurrence_weights,
+)
 
-__all__ = ["cema", "cema_response", "coefficients", "powers"]
+__all__ = [
+    "RecurrenceWeights",
+    "cema",
+    "cema_response",
+    "coefficients",
+    "powers",
+    "recur",
+    "recurrence_weights",
+]
 
 
 def cema(

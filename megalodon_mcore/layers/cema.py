@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, powers
+from megalodon_mcore.kernels.cema import (
+    RecurrenceWeights,
+    cema,
+    cema_response,
+    coefficients,
+    powers,
+    recur,
+    recurrence_weights,
+)
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 from megalodon_mcore.layers.initialization import initialize_cema
 from megalodon_mcore.parallel.sequence_layout import Segment
@@ -41,6 +49,7 @@ class ComplexEMA(Float32Module):
             "gamma": (cema_ndim, 2),
             "omega": (1,),
         }
+        self._step: RecurrenceWeights | None = None
         channels = hidden_size // shares
         for name, shape in shapes.items():
             self.register_parameter(name, float32_parameter((channels, *shape), device))
@@ -87,6 +96,12 @@ class ComplexEMA(Float32Module):
     def _average(
         self, hidden_states: Tensor, state: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if state is not None and len(hidden_states) == 1 and not torch.is_grad_enabled():
+            averages, state = recur(
+                hidden_states.transpose(0, 1), self._weights_of_a_step(), self.omega, state
+            )
+            return averages.transpose(0, 1), state
+        self._step = None
         averages, state = cema(
             hidden_states.transpose(0, 1),
             self.alpha,
@@ -98,6 +113,13 @@ class ComplexEMA(Float32Module):
             return_state=return_state,
         )
         return averages.transpose(0, 1), state
+
+    def _weights_of_a_step(self) -> RecurrenceWeights:
+        """Computed for a sequence's first single step, and not for every token."""
+        if self._step is None:
+            parameters = (self.alpha, self.delta, self.theta, self.gamma)
+            self._step = recurrence_weights(*parameters)
+        return self._step
 
     def _incoming_state(self, shards: SequenceShards, segment: Segment, states: Tensor) -> Tensor:
         """The state before a segment: earlier segments' own states, each decayed since its end.
