@@ -23,15 +23,16 @@ SIZES = {
 
 @contextlib.contextmanager
 def megatron() -> Iterator[None]:
-    """Megatron's process groups of this process alone, over gloo."""
+    """Megatron's process groups of this process alone, over gloo (NCCL with a GPU)."""
     from megalodon_mcore import cpu
 
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
     stand_in = cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
@@ -80,11 +81,12 @@ def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES)
         value_dim=sizes["value_dim"],
         norm_num_groups=sizes["groups"],
     )
+    heads = sizes.get("heads", 1)
     size = MegalodonSize(
-        sizes["layers"], sizes["hidden_size"], 1, sizes["ffn"], False, 10_000, False, own
+        sizes["layers"], sizes["hidden_size"], heads, sizes["ffn"], False, 10_000, False, own
     )
     return GPTModel(
-        config=transformer_config(dtype, sizes),
+        config=transformer_config(dtype, sizes, num_attention_heads=heads),
         transformer_layer_spec=MegalodonSpec(size),
         vocab_size=sizes["vocabulary"],
         max_sequence_length=1 << 20,

@@ -19,8 +19,8 @@ def cema_by_fft(
     length = x.shape[1]
     p, log_magnitude, turns = coefficients(alpha, delta, theta)
     readout = torch.view_as_complex(gamma) * p.float() / math.sqrt(alpha.shape[1])
-    steps = torch.arange(length)
-    response = torch.zeros(x.shape[2], length)
+    steps = torch.arange(length, device=x.device)
+    response = torch.zeros(x.shape[2], length, device=x.device)
     for n in range(alpha.shape[1]):
         q = powers(log_magnitude[:, n : n + 1], turns[:, n : n + 1], steps)[..., 0]
         response = response + (readout[:, n : n + 1] * q).real
@@ -28,6 +28,21 @@ def cema_by_fft(
     spectrum = torch.fft.rfft(x.transpose(1, 2), n=size) * torch.fft.rfft(response, n=size)
     y = torch.fft.irfft(spectrum, n=size)[..., :length].transpose(1, 2)
     return y + omega[:, 0] * x
+
+
+def attention_by_split_heads(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
+    """Chunked attention by scaled_dot_product_attention, which wants values as wide as keys.
+
+    The value columns are cut into heads of the keys' width, which share their q and k; the length
+    is a multiple of the chunk.
+    """
+    batch, length, heads, width = q.shape
+    parts = v.shape[-1] // width
+    q, k = (z.repeat_interleave(parts, dim=2) for z in (q, k))
+    v = v.unflatten(-1, (parts, width)).flatten(2, 3)
+    q, k, v = (z.unflatten(1, (-1, chunk)).flatten(0, 1).transpose(1, 2) for z in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    return out.transpose(1, 2).reshape(batch, length, heads, parts * width)
 
 
 def megalodon_hf(folder: Path | None) -> Any:  # noqa: ANN401

@@ -1,0 +1,131 @@
+"""The operators that have Triton kernels, at the sizes of real layers: one entry each.
+
+A new kernel gets its rows in kernel_traffic.py and gpu.py by an entry in OPERATORS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from megalodon_mcore.kernels.cema import cema
+from megalodon_mcore.kernels.chunked_attention import chunked_attention
+from megalodon_mcore.kernels.timestep_norm import timestep_norm
+from torch import Tensor
+
+NDIM = 16
+EPS = 1e-5
+
+
+class Shape(NamedTuple):
+    """Of a layer's input and of its parts; DESIGN section 1 has the names."""
+
+    batch: int
+    length: int
+    channels: int
+    groups: int
+    heads: int
+    key_width: int
+    value_width: int
+    chunk: int
+    ffn: int
+
+    def divided(self, by: int) -> Shape:
+        """A part of the width, as if the rest were on other machines: same groups, same heads."""
+        return self._replace(
+            channels=self.channels // by,
+            groups=self.groups // by,
+            heads=max(1, self.heads // by),
+        )
+
+    @property
+    def elements(self) -> int:
+        """Scalars in a layer's input."""
+        return self.batch * self.length * self.channels
+
+
+SIZES = {
+    "200m": Shape(1, 16384, 1024, 32, 1, 256, 2048, 2048, 2560),
+    "7b": Shape(1, 16384, 4096, 64, 4, 256, 2048, 2048, 8192),
+    "tiny": Shape(2, 96, 64, 4, 2, 16, 32, 32, 96),
+}
+
+
+class Operator(NamedTuple):
+    """An operator and what its gradient is taken of.
+
+    inputs: leaves for a shape, a type and a device. run: a shape and the leaves to the outputs.
+    flops: forward and backward flops that the mathematics asks for.
+    """
+
+    inputs: Callable[[Shape, torch.dtype, torch.device], list[Tensor]]
+    run: Callable[..., tuple[Tensor, ...]]
+    flops: Callable[[Shape], tuple[float, float]]
+    memory_bound: bool
+
+
+def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, and the float32 weight and bias."""
+    x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
+    return _leaves(x, *torch.randn(2, shape.channels, device=device))
+
+
+def run_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """TimestepNorm without a state."""
+    return (timestep_norm(x, weight, bias, shape.groups, EPS)[0],)
+
+
+def cema_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, and the float32 alpha, delta, theta, gamma and omega."""
+    channels = shape.channels
+    x = torch.randn(shape.batch, shape.length, channels, device=device, dtype=dtype)
+    shapes = ((channels, NDIM, 1), (channels, NDIM, 1), (channels, 1, 1), (channels, NDIM, 2))
+    return _leaves(x, *(torch.randn(*s, device=device) for s in (*shapes, (channels, 1))))
+
+
+def run_cema(shape: Shape, x: Tensor, *parameters: Tensor) -> tuple[Tensor]:
+    """CEMA without a state."""
+    return (cema(x, *parameters)[0],)
+
+
+def cema_flops(shape: Shape) -> tuple[float, float]:
+    """Of the recurrence a step at a time: h = q h + p x, Re(gamma h), omega x."""
+    forward = (12 * NDIM + 2) * shape.elements
+    return forward, 2 * forward
+
+
+def attention_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """q and k of the size that norms give them, and v."""
+    rows = (shape.batch, shape.length, shape.heads)
+    widths = (shape.key_width, shape.key_width, shape.value_width)
+    q, k, v = (torch.randn(*rows, width, device=device) for width in widths)
+    scale = shape.key_width**-0.25
+    return _leaves(*(z.to(dtype) for z in (q * scale, k * scale, v)))
+
+
+def run_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    """Chunked causal attention without a state."""
+    return (chunked_attention(q, k, v, shape.chunk)[0],)
+
+
+def attention_flops(shape: Shape) -> tuple[float, float]:
+    """Of the products on and below the diagonal: 2 forward; backward 5, the scores taken anew."""
+    whole, rest = divmod(shape.length, shape.chunk)
+    pairs = whole * shape.chunk * (shape.chunk + 1) / 2 + rest * (rest + 1) / 2
+    pairs *= 2 * shape.batch * shape.heads
+    key_width, value_width = shape.key_width, shape.value_width
+    return pairs * (key_width + value_width), pairs * (3 * key_width + 2 * value_width)
+
+
+OPERATORS = {
+    "TimestepNorm": Operator(
+        norm_inputs, run_norm, lambda shape: (8 * shape.elements, 16 * shape.elements), True
+    ),
+    "CEMA": Operator(cema_inputs, run_cema, cema_flops, True),
+    "attention": Operator(attention_inputs, run_attention, attention_flops, False),
+}
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]

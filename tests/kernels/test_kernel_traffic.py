@@ -1,0 +1,78 @@
+"""The counts of examples/benchmarks/kernel_traffic.py, at shapes small enough to check by hand."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.interpreted
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    folder = Path(__file__).parents[2] / "examples" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    import kernel_traffic
+
+    return kernel_traffic
+
+
+def shape_of(traffic, **values):
+    return traffic.SIZES["tiny"]._replace(**values)
+
+
+def test_timestep_norm_in_one_walk_is_at_the_floor(traffic):
+    """Batch and groups fill the card: x once and y once; backward x and two gradients once."""
+    from megalodon_mcore.kernels.timestep_norm import triton as kernels
+
+    shape = shape_of(traffic, batch=2, length=512, channels=64, groups=2)
+    with patch.object(kernels, "PROGRAMS", 1):
+        counts = traffic.measure(traffic.OPERATORS["TimestepNorm"], shape, torch.bfloat16)
+    assert counts["forward"].floor == 2 * (2 * 512 * 64) * 2 + 2 * 64 * 4
+    for count in counts.values():
+        assert 1 <= count.moved / count.floor < 1.3
+        assert count.flops == 0
+
+
+@pytest.mark.parametrize("name", ["TimestepNorm", "CEMA"])
+def test_a_slice_of_the_width_stands_for_all(traffic, name):
+    shape = shape_of(traffic, batch=1, length=256, channels=128, groups=4)
+    whole, slices = (traffic.sliced(name, shape, torch.float32, by) for by in (1, 2))
+    for direction in whole:
+        kernels = slices[direction].kernels
+        for kernel, count in whole[direction].kernels.items():
+            if "torch" not in kernel:
+                assert count.moved == pytest.approx(kernels[kernel].moved, rel=1e-3)
+                assert count.flops == kernels[kernel].flops
+
+
+def test_what_a_token_of_cema_moves(traffic):
+    """Forward x twice and y: 1.5 times the floor. Backward 7 where 3 are needed."""
+    from megalodon_mcore.kernels.cema import triton as kernels
+
+    counts = []
+    for length in (256, 512):
+        # One segment a row, and as many rows as a program has lanes: all else stays the same.
+        shape = shape_of(traffic, batch=kernels.LANES, length=length, channels=8, groups=1)
+        with patch.object(kernels, "PROGRAMS", 1):
+            counts.append(traffic.measure(traffic.OPERATORS["CEMA"], shape, torch.float32))
+    element = 4 * kernels.LANES * 256 * 8
+
+    def more(direction, kernel):
+        short, long = (count[direction].kernels[kernel].moved for count in counts)
+        return (long - short) / element
+
+    assert more("forward", "walk_kernel") == 3
+    assert more("backward", "walk_kernel") == 5
+    assert more("backward", "gradient_kernel") == 2
+
+
+def test_attention_flops(traffic):
+    """One chunk of one tile: forward the two products, square, where half of each is needed."""
+    shape = shape_of(traffic, batch=1, length=32, heads=1, key_width=16, value_width=32, chunk=32)
+    counts = traffic.measure(traffic.OPERATORS["attention"], shape, torch.bfloat16)
+    assert counts["forward"].flops == 2 * 32 * 32 * (16 + 32)
+    assert counts["forward"].needed == 2 * 32 * 33 / 2 * (16 + 32)
+    assert counts["backward"].flops == 2 * 32 * 32 * (2 * (16 + 32 + 16) + 16 + 32)
+    assert counts["forward"].moved < 1.2 * counts["forward"].floor
