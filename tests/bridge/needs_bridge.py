@@ -12,10 +12,7 @@ def is_installed():
         return False
 
 
-MARKS = [
-    pytest.mark.bridge,
-    pytest.mark.skipif(
-        not is_installed(),
-        reason="Megatron-Bridge is not installed; bash tests/nvidia.sh installs and tests it",
-    ),
-]
+needs_bridge = pytest.mark.skipif(
+    not is_installed(),
+    reason="Megatron-Bridge is not installed; bash tests/nvidia.sh installs and tests it",
+)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from needs_bridge import MARKS
+from needs_bridge import needs_bridge
 
 from conversion.conversion_samples import (
     assert_same_tensors,
@@ -15,7 +15,7 @@ from conversion.conversion_samples import (
 from megalodon_mcore.conversion.hf_folder import open_hf
 from training.runs import launch
 
-pytestmark = MARKS
+pytestmark = [pytest.mark.bridge, needs_bridge]
 
 PROGRAM = ("-m", "megalodon_mcore.cpu", str(Path(__file__).parent / "import_and_export.py"))
 CASES = {

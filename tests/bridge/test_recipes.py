@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from needs_bridge import MARKS
+from needs_bridge import needs_bridge
 
 from conversion.conversion_samples import convert, hf_folder
 from megalodon_mcore.accounting import ModelShape
@@ -16,7 +16,7 @@ from megalodon_mcore.planning.layout import ParallelLayout, check_layout
 from megalodon_mcore.planning.report import memory
 from training.runs import launch, scalars
 
-pytestmark = MARKS
+pytestmark = [pytest.mark.bridge, needs_bridge]
 
 SIZE_OF = {"200m": "200m", "1.3b": "1.3b", "7b": "7b-paper"}
 COMMAND = ("-m", "megalodon_mcore")
