@@ -108,12 +108,14 @@ def cema_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
     extra = peak_extra_bytes(backward_of(lambda: cema(x, *parameters)[0], x))
     size = 4 * x.numel()
     yield Row("cema", f"{what}: peak memory / input", mib(extra), mib(size), extra / size, "< 4")
-    curve = {}
+    curve, memory = {}, {}
     for length in LENGTHS:
         x, parameters = cema_inputs(1, length, 256)
         run = backward_of(lambda: cema(x, *parameters)[0], x)  # noqa: B023 - called before it changes
         curve[length] = median_seconds(run, args.seconds) / x.numel() * 1e9
+        memory[length] = peak_extra_bytes(run) / 2**20
     curves["CEMA, ns per element"] = curve
+    curves["CEMA, MiB of peak memory"] = memory
     spread = max(curve.values()) / min(curve.values())
     low, high = f"{min(curve.values()):.1f} ns", f"{max(curve.values()):.1f} ns"
     yield Row("cema", "CEMA time per element, L 1024 to 262144", low, high, spread, "<= 1.15")
@@ -199,15 +201,19 @@ def decoding_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
 
     bandwidth = read_bandwidth()
     with models.megatron(), torch.inference_mode():
-        model = models.megalodon()
-        stream = StreamingModel(model)
-        _, state = stream(torch.randint(models.SIZES["vocabulary"], (1, 700)))
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        time = median_seconds(lambda: stream(token, state), args.seconds, 500)
-        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    reading = weights / bandwidth
-    what = "Decoding a token / reading the weights once"
-    yield Row("decoding", what, seconds(time), seconds(reading), time / reading, "<= 1.5")
+        for name, sizes in (("12M", models.SIZES), ("200m", models.SIZES_200M)):
+            model = models.megalodon(sizes=sizes)
+            stream = StreamingModel(model)
+            _, state = stream(torch.randint(sizes["vocabulary"], (1, 700)))
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            time = median_seconds(lambda: stream(token, state), args.seconds, 500)  # noqa: B023
+            # Of the embedding a token reads one row.
+            embedding = model.embedding.word_embeddings.weight.numel()
+            weights = 4 * (sum(z.numel() for z in model.parameters()) - embedding)
+            reading = weights / bandwidth
+            what = f"{name} model: decoding a token / reading the weights"
+            ratio = time / reading
+            yield Row("decoding", what, seconds(time), seconds(reading), ratio, "<= 1.5")
 
 
 GROUPS: dict[str, Callable[[argparse.Namespace, dict], Iterator[Row]]] = {
@@ -264,8 +270,8 @@ def plot(curves: dict[str, dict[int, float]], folder: Path) -> None:
         figure, axes = pyplot.subplots(figsize=(6, 4))
         axes.plot(list(curve), list(curve.values()), marker="o")
         axes.set(xlabel="sequence length", ylabel=name, xscale="log", ylim=(0, None))
-        file = name.split(",")[0] + "-" + name.split(",")[1]
-        figure.savefig(folder / f"{file.replace(' ', '-')}.png", bbox_inches="tight")
+        file = name.replace(",", "").replace("/", " per ").replace(" ", "-")
+        figure.savefig(folder / f"{file}.png", bbox_inches="tight")
         pyplot.close(figure)
 
 

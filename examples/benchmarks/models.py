@@ -18,7 +18,18 @@ SIZES = {
     "groups": 16,
     "vocabulary": 256,
 }
-"""The 12M model of DESIGN section 6."""
+"""The 12M model that the peers are timed on."""
+
+SIZES_200M = {
+    "layers": 12,
+    "hidden_size": 1024,
+    "z_dim": 256,
+    "value_dim": 2048,
+    "ffn": 2560,
+    "chunk": 2048,
+    "groups": 32,
+    "vocabulary": 32_000,
+}
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The Hugging Face model against the straight-line float64 implementation of the equations."""
 
+import itertools
+
 import pytest
 import torch
 from hf_models import LAYERS, SHAPES, build, relative, straight_line_parameters
@@ -132,3 +134,14 @@ def test_cema_makes_nothing_of_size_channels_times_ndim_times_length():
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         model.model.layers[0].cema(x, whole_span(model, x, return_state=False), None)
     assert max(sizes) <= x.numel()
+
+
+@pytest.mark.parametrize("flags", itertools.product((False, True), repeat=4))
+@pytest.mark.parametrize("heads", [1, 4])
+def test_every_combination_of_options(heads, flags):
+    names = ("swiglu", "rescale_nffn", "scale_embedding", "tie_word_embeddings")
+    model = build("one-head", num_attention_heads=heads, **dict(zip(names, flags, strict=True)))
+    tokens = torch.randint(64, (1, 37))
+    expected = by_equations(model, tokens, torch.zeros(1, 37, 64), torch.float64)["logits"]
+    with torch.no_grad():
+        assert relative(model(tokens).logits, expected) < 1e-5
