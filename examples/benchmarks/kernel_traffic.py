@@ -9,9 +9,9 @@ miss nothing twice. Reads and writes of torch's own operations around the kernel
 moved. The floor is every input once and every output once; backward's inputs are forward's and the
 gradients that come in. Flops are those of tl.dot beside the flops that the mathematics asks for.
 
-The kernels treat channels (or heads) alike, so a slice of the width is run, with as many programs
-wished for as its share, and multiplied: bytes a channel are exactly those of the whole width. One
-chunk of attention stands for all.
+The kernels treat channels alike (or heads, or stretches of time), so a slice is run, with as many
+programs wished for as its share, and multiplied: bytes are exactly those of the whole, but
+`distinct` counts again what slices of the length share. One chunk of attention stands for all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from operators import OPERATORS, SIZES, Operator, Shape
 
 SECTOR = 32
-# Channels that are run: a slice with whole groups.
+# Channels that are run, or their share of the length: a slice with whole groups.
 SLICE = 64
 
 
@@ -168,6 +168,9 @@ def measure(operator: Operator, shape: Shape, dtype: torch.dtype) -> dict[str, C
     leaves = operator.inputs(shape, dtype, torch.device("cpu"))
     forward, backward = Count(), Count()
     forward.needed, backward.needed = operator.flops(shape)
+    if operator.sliced == "length":
+        # Tables that are kept from call to call are made once, not once a slice.
+        operator.run(shape, *leaves)
     with counting(forward):
         outputs = operator.run(shape, *leaves)
     upstream = [torch.ones_like(out) for out in outputs]
@@ -185,19 +188,23 @@ def _bytes(*groups: Any) -> int:  # noqa: ANN401
 def sliced(name: str, shape: Shape, dtype: torch.dtype, by: int) -> dict[str, Count]:
     """The counts at a shape, from a `by`-th of its width."""
     from megalodon_mcore.kernels.cema import triton as cema_kernels
+    from megalodon_mcore.kernels.query_key import triton as query_key_kernels
+    from megalodon_mcore.kernels.row_norm import triton as row_norm_kernels
     from megalodon_mcore.kernels.timestep_norm import triton as norm_kernels
 
-    if name == "attention":
+    operator = OPERATORS[name]
+    if operator.sliced == "chunk":
         # Chunks and heads are independent.
         one = shape._replace(batch=1, length=shape.chunk, heads=1)
         factor = shape.batch * shape.heads * shape.length // shape.chunk
+    elif operator.sliced == "length":
+        one, factor = shape._replace(length=shape.length // by), by
     else:
         one, factor = shape.divided(by), by
-    with (
-        patch.object(cema_kernels, "PROGRAMS", cema_kernels.PROGRAMS // by),
-        patch.object(norm_kernels, "PROGRAMS", norm_kernels.PROGRAMS // by),
-    ):
-        counts = measure(OPERATORS[name], one, dtype)
+    with ExitStack() as stack:
+        for kernels in (cema_kernels, norm_kernels, query_key_kernels, row_norm_kernels):
+            stack.enter_context(patch.object(kernels, "PROGRAMS", kernels.PROGRAMS // by))
+        counts = measure(operator, one, dtype)
     return {direction: count.times(factor) for direction, count in counts.items()}
 
 
@@ -221,7 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"command: {' '.join(sys.argv)}\n")
     print(
-        f"{'':<34} {'moved':>10} {'floor':>10} {'ratio':>6} {'distinct':>9} "
+        f"{'':<40} {'moved':>10} {'floor':>10} {'ratio':>6} {'distinct':>9} "
         f"{'flops':>9} {'needed':>9} {'ratio':>6} {'bound':>7}"
     )
     for size in args.size:
@@ -233,7 +240,7 @@ def main() -> None:
                 if args.kernels:
                     for kernel, part in count.kernels.items():
                         moved, distinct = part.moved / count.floor, part.distinct / count.floor
-                        print(f"    {kernel:<30} {'':>21} {moved:>6.2f} {distinct:>9.2f}")
+                        print(f"    {kernel:<36} {'':>21} {moved:>6.2f} {distinct:>9.2f}")
     print(
         "\nMiB and Gflop. ratio: moved / floor, flops / needed. distinct: sectors touched / floor."
         "\nbound: the time that distinct bytes and products need at the card's peaks, over the time"
@@ -247,7 +254,7 @@ def row(label: str, count: Count, card: tuple[float, float]) -> str:
     best = max(count.floor / bandwidth, count.needed / peak)
     bound = max(count.distinct / bandwidth, count.flops / peak) / best
     return (
-        f"{label:<34} {count.moved / 2**20:>10.1f} {count.floor / 2**20:>10.1f} "
+        f"{label:<40} {count.moved / 2**20:>10.1f} {count.floor / 2**20:>10.1f} "
         f"{count.moved / count.floor:>6.2f} {count.distinct / count.floor:>9.2f} "
         f"{count.flops / 1e9:>9.1f} {count.needed / 1e9:>9.1f} "
         f"{count.flops / count.needed:>6.2f} {bound:>7.2f}"

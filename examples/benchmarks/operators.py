@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.chunked_attention import chunked_attention
+from megalodon_mcore.kernels.gates import gated_silu
+from megalodon_mcore.kernels.query_key import query_key
+from megalodon_mcore.kernels.row_norm import rms_norm
 from megalodon_mcore.kernels.timestep_norm import timestep_norm
 from torch import Tensor
 
@@ -56,13 +59,15 @@ class Operator(NamedTuple):
     """An operator and what its gradient is taken of.
 
     inputs: leaves for a shape, a type and a device. run: a shape and the leaves to the outputs.
-    flops: forward and backward flops that the mathematics asks for.
+    flops: forward and backward flops that the mathematics asks for. sliced: along what it does the
+    same again and again: channels, length or chunk.
     """
 
     inputs: Callable[[Shape, torch.dtype, torch.device], list[Tensor]]
     run: Callable[..., tuple[Tensor, ...]]
     flops: Callable[[Shape], tuple[float, float]]
     memory_bound: bool
+    sliced: str
 
 
 def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -118,12 +123,64 @@ def attention_flops(shape: Shape) -> tuple[float, float]:
     return pairs * (key_width + value_width), pairs * (3 * key_width + 2 * value_width)
 
 
+def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What CEMA gives, and the float32 weight."""
+    x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
+    return _leaves(x, torch.randn(shape.channels, device=device))
+
+
+def query_key_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """z, and the float32 weight and bias of queries and keys."""
+    size = (shape.batch, shape.length, shape.heads, shape.key_width)
+    z = torch.randn(size, device=device, dtype=dtype)
+    return _leaves(z, *torch.randn(2, 2, shape.heads * shape.key_width, device=device))
+
+
+def run_query_key(shape: Shape, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """From the start of a chunk."""
+    return query_key(z, weight, bias, EPS, 1e4, 0, shape.chunk)
+
+
+def gate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The gate, and what attention gives."""
+    size = (2, shape.batch, shape.length, shape.heads * shape.value_width)
+    return _leaves(*torch.randn(size, device=device, dtype=dtype))
+
+
+def elementwise_flops(
+    each: int, width: str | None = None
+) -> Callable[[Shape], tuple[float, float]]:
+    """So many for every scalar, twice as many backward."""
+
+    def flops(shape: Shape) -> tuple[float, float]:
+        columns = shape.heads * getattr(shape, width) if width else shape.channels
+        forward = each * shape.batch * shape.length * columns
+        return forward, 2 * forward
+
+    return flops
+
+
 OPERATORS = {
-    "TimestepNorm": Operator(
-        norm_inputs, run_norm, lambda shape: (8 * shape.elements, 16 * shape.elements), True
+    "TimestepNorm": Operator(norm_inputs, run_norm, elementwise_flops(8), True, "channels"),
+    "CEMA": Operator(cema_inputs, run_cema, cema_flops, True, "channels"),
+    "RMSNorm": Operator(
+        rms_norm_inputs,
+        lambda shape, x, weight: (rms_norm(x, weight, EPS),),
+        elementwise_flops(4),
+        True,
+        "length",
     ),
-    "CEMA": Operator(cema_inputs, run_cema, cema_flops, True),
-    "attention": Operator(attention_inputs, run_attention, attention_flops, False),
+    "query and key": Operator(
+        query_key_inputs, run_query_key, elementwise_flops(13, "key_width"), True, "length"
+    ),
+    "attention": Operator(attention_inputs, run_attention, attention_flops, False, "chunk"),
+    "gate": Operator(
+        gate_inputs,
+        lambda shape, gate, x: (gated_silu(gate, x),),
+        elementwise_flops(5, "value_width"),
+        True,
+        "length",
+    ),
 }
 
 

@@ -35,6 +35,22 @@ def test_timestep_norm_in_one_walk_is_at_the_floor(traffic):
         assert count.flops == 0
 
 
+@pytest.mark.parametrize("name", ["RMSNorm", "gate"])
+def test_row_and_elementwise_kernels_are_near_the_floor(traffic, name):
+    shape = shape_of(traffic, length=512, channels=256, key_width=64, value_width=512)
+    counts = traffic.sliced(name, shape, torch.bfloat16, 2)
+    for count in counts.values():
+        assert 1 <= count.moved / count.floor < 1.3
+
+
+def test_query_and_key_touch_memory_once(traffic):
+    """They read the rotary factors again for each head, from a cache."""
+    shape = shape_of(traffic, length=512, key_width=64)
+    counts = traffic.sliced("query and key", shape, torch.bfloat16, 2)
+    for count in counts.values():
+        assert 1 <= count.distinct / count.floor < 1.3
+
+
 @pytest.mark.parametrize("name", ["TimestepNorm", "CEMA"])
 def test_a_slice_of_the_width_stands_for_all(traffic, name):
     shape = shape_of(traffic, batch=1, length=256, channels=128, groups=4)
