@@ -148,7 +148,8 @@ class _TimestepNorm(torch.autograd.Function):
             normed = torch.addcmul(low_rstd[:, steps, :, None], centred, rstd[:, steps, :, None])
             grad = _grouped(grad_y, steps, groups, mask)
             normed.mul_(grad)
-            grad_bias += grad.flatten(2).sum((0, 1))
+            # One dimension at a time: both at once are slow where they lie apart in memory.
+            grad_bias += grad.flatten(2).sum(1).sum(0)
             grad_weight += normed.flatten(2).sum((0, 1))
             to_mean[:, steps] = (grad * group_gain).sum(-1)
             to_var[:, steps] = normed.mul_(group_gain).sum(-1)
