@@ -53,7 +53,7 @@ def test_a_spec_handed_straight_to_gpt_model_builds_megalodon(megatron):
     layers = model.decoder.layers
     assert [type(layer) for layer in layers] == [MegalodonLayer] * 3
     assert [layer.layer_number for layer in layers] == [1, 2, 3]
-    assert [layer.mixer.rotary_base for layer in layers] == [500] * 3
+    assert [layer.mixer.query_key.rotary_base for layer in layers] == [500] * 3
     assert type(model.decoder.final_layernorm) is FinalTimestepNorm
     assert model.decoder.final_layernorm.num_groups == 1
     assert model.position_embedding_type == "none"
