@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Triton reads it when it is imported.
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["MEGALODON_KERNELS"] = "triton"
+# Triton reads it when it is imported. Who imports this file chooses for itself.
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["MEGALODON_KERNELS"] = "triton"
 
 import numpy as np
 import torch

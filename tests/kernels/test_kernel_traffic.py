@@ -13,6 +13,7 @@ pytestmark = pytest.mark.interpreted
 def traffic(monkeypatch):
     folder = Path(__file__).parents[2] / "examples" / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("MEGALODON_KERNELS", "triton")
     import kernel_traffic
 
     return kernel_traffic
