@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..blocks import row_blocks
 from .naive import TimestepNormState
 
 
@@ -227,10 +228,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _blocks(x: Tensor) -> Iterator[slice]:
     """Ranges of time steps that fit a CPU's cache, or a bounded share of a GPU's memory."""
-    elements = 2**18 if x.device.type == "cpu" else 2**26
     batch, length, channels = x.shape
-    size = max(1, elements // max(1, batch * channels))
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    return row_blocks(length, batch * channels, x.device)
 
 
 def _grouped(x: Tensor, steps: slice, groups: int, mask: Tensor | None) -> Tensor:
