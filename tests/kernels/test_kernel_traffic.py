@@ -44,12 +44,19 @@ def test_row_and_elementwise_kernels_are_near_the_floor(traffic, name):
         assert 1 <= count.moved / count.floor < 1.3
 
 
-def test_query_and_key_touch_memory_once(traffic):
-    """They read the rotary factors again for each head, from a cache."""
-    shape = shape_of(traffic, length=512, key_width=64)
-    counts = traffic.sliced("query and key", shape, torch.bfloat16, 2)
+def test_query_and_key_read_a_row_of_turns_for_a_tile(traffic):
+    """Weight, bias and the turns inside a tile are read once a program, which walks 8 tiles."""
+    from megalodon_mcore.kernels.query_key import triton as kernels
+
+    shape = shape_of(traffic, batch=1, length=512, heads=2, key_width=64, chunk=128)
+    steps, programs, tiles = kernels.TILE // 64, 2 * 2, 2 * 512 // (kernels.TILE // 64)
+    with patch.object(kernels, "PROGRAMS", programs):
+        counts = traffic.measure(traffic.OPERATORS["query and key"], shape, torch.bfloat16)
+    row = 64 * 4
+    tables = programs * (4 + steps) * row + tiles * row
+    assert counts["forward"].moved == 3 * (512 * 128) * 2 + tables
     for count in counts.values():
-        assert 1 <= count.distinct / count.floor < 1.3
+        assert 1 <= count.moved / count.floor < 1.3
 
 
 @pytest.mark.parametrize("name", ["TimestepNorm", "CEMA"])
