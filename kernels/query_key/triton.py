@@ -1,7 +1,7 @@
 """Queries and keys in Triton: one pass forward, one backward, for a head's whole width at once.
 
-A tile is T steps of one head, [T, width] in registers, inside one chunk; pairs are taken apart to be
-turned and put together again. A position's turn is that of its tile's start times that of its
+A tile is T steps of one head, [T, width] in registers, inside one chunk; pairs are taken apart to
+be turned and put together again. A position's turn is that of its tile's start times that of its
 place in the tile. The T turns of the places stay in registers while a program walks a stretch of
 time, so that a tile reads one row of a table, not T. Backward normalizes z again; its programs add
 up what weight and bias get in registers, which torch then sums over the programs, in a fixed order.
@@ -70,7 +70,7 @@ class Tiling(NamedTuple):
         )
 
     def tables(self, z: Tensor, base: float) -> tuple[Tensor, Tensor]:
-        """Turns of the places in a tile [steps, width] and of the tiles' starts, pairs (cos, sin)."""
+        """Turns of the places in a tile and of the tiles' starts, [..., width / 2, (cos, sin)]."""
         sizes = ((self.steps, 1), (self.chunk_tiles, self.steps))
         fine, coarse = (
             turns(count, z.shape[-1], base, z.device, torch.complex64, stride)
