@@ -1,8 +1,9 @@
 """RMSNorm and LayerNorm in Triton: a tile is a few whole rows, which stay in registers.
 
-Forward reads x and writes y, and one or two numbers a row. Backward reads x and the gradient once,
-recomputes the rest and writes the gradient of x; its programs walk a stretch of rows each and add
-up what the parameters get in registers, which torch then sums over the programs, in a fixed order.
+Programs walk a stretch of rows each, with the parameters in registers. Forward reads x and writes
+y, and one or two numbers a row. Backward reads x and the gradient once, recomputes the rest and
+writes the gradient of x; its programs add up what the parameters get in registers, which torch
+then sums over the programs, in a fixed order. Backward spills from 16,384 channels on.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +18,12 @@ from ..dispatch import on_device_of
 
 # Numbers in a tile: enough bytes in flight, few enough to stay in registers.
 TILE = 4096
-# Tiles on their way from memory while one is worked on.
-STAGES = 2
+# Tiles at most of which one is worked on and the rest are on their way from memory, and the bytes
+# of x at most that those take, in shared memory: twice as many with the gradient.
+STAGES = 3
+AHEAD = 2**15
 # Programs of the backward pass: they fill a card, and what they leave to be summed is little.
+# Forward, which leaves nothing and has less to load at a time, has twice as many.
 PROGRAMS = 256
 
 
@@ -42,17 +46,19 @@ class Tiling(NamedTuple):
     segment: int
     programs: int
     warps: int
+    stages: int
 
     @classmethod
-    def of(cls, x: Tensor) -> "Tiling":
-        """Cut for x [A, B, D]."""
+    def of(cls, x: Tensor, programs: int) -> "Tiling":
+        """Cut for x [A, B, D] and so many programs at most."""
         count = x.shape[0] * x.shape[1]
         padded = triton.next_power_of_2(x.shape[2])
         rows = max(1, min(TILE // padded, triton.next_power_of_2(count)))
         tiles = triton.cdiv(count, rows)
-        segment = triton.cdiv(tiles, PROGRAMS)
+        segment = triton.cdiv(tiles, programs)
         warps = min(16, max(1, rows * padded // 512))
-        return cls(rows, padded, tiles, segment, triton.cdiv(tiles, segment), warps)
+        stages = min(STAGES, 1 + AHEAD // (rows * padded * x.element_size()))
+        return cls(rows, padded, tiles, segment, triton.cdiv(tiles, segment), warps, stages)
 
 
 class _RowNorm(torch.autograd.Function):
@@ -68,16 +74,16 @@ class _RowNorm(torch.autograd.Function):
     ) -> Tensor:
         x, weight = _side_by_side(x), weight.contiguous()
         outer, inner, channels = x.shape
-        tiling = Tiling.of(x)
+        tiling = Tiling.of(x, 2 * PROGRAMS)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rstd = torch.empty(outer, inner, dtype=torch.float32, device=x.device)
         centred = bias is not None
         mean = torch.empty_like(rstd) if centred else rstd
         with on_device_of(x):
-            forward_kernel[(tiling.tiles,)](
+            forward_kernel[(tiling.programs,)](
                 *(x, y, weight, bias.contiguous() if centred else weight, mean, rstd),
-                *(outer * inner, inner, eps, *x.stride()[:2]),
-                *(channels, tiling.padded, tiling.rows, centred),
+                *(outer * inner, inner, tiling.segment, eps, *x.stride()[:2]),
+                *(channels, tiling.padded, tiling.rows, centred, tiling.stages),
                 num_warps=tiling.warps,
             )
         ctx.save_for_backward(x, weight, rstd, *([mean] if centred else []))
@@ -93,7 +99,7 @@ class _RowNorm(torch.autograd.Function):
         centred = bool(mean)
         grad_y = _side_by_side(grad_y)
         outer, inner, channels = x.shape
-        tiling = Tiling.of(x)
+        tiling = Tiling.of(x, PROGRAMS)
         grad_x = torch.empty_like(x)
         partial = torch.empty(
             tiling.programs, 1 + centred, channels, dtype=torch.float32, device=x.device
@@ -103,7 +109,7 @@ class _RowNorm(torch.autograd.Function):
                 *(x, grad_y, weight, mean[0] if centred else rstd, rstd, grad_x, partial),
                 *(outer * inner, inner, tiling.segment),
                 *(*x.stride()[:2], *grad_y.stride()[:2], *grad_x.stride()[:2]),
-                *(channels, tiling.padded, tiling.rows, centred, STAGES),
+                *(channels, tiling.padded, tiling.rows, centred, tiling.stages),
                 num_warps=tiling.warps,
             )
             grad_weight, *grad_bias = partial.sum(0).to(weight.dtype).unbind(0)
@@ -133,6 +139,7 @@ def forward_kernel(
     rstd_ptr,  # noqa: ANN001
     rows,  # noqa: ANN001
     inner,  # noqa: ANN001
+    segment,  # noqa: ANN001
     eps,  # noqa: ANN001
     x_outer,  # noqa: ANN001
     x_inner,  # noqa: ANN001
@@ -140,25 +147,31 @@ def forward_kernel(
     DP: tl.constexpr,
     R: tl.constexpr,
     CENTRED: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
-    """y of one tile, and 1/deviation (1/rms) and mean of its rows."""
-    row = tl.program_id(0) * R + tl.arange(0, R)
+    """y of this program's rows, and their 1/deviation (1/rms) and mean."""
+    program = tl.program_id(0)
     channel = tl.arange(0, DP)
-    inside = (row < rows)[:, None] & (channel < D)[None]
-    at = _rows(row, inner, x_outer, x_inner)[:, None] + channel[None]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight_ptr + channel, mask=channel < D, other=0.0).to(tl.float32) + 1.0
     if CENTRED:
-        mean = tl.sum(x, 1) / D
-        tl.store(mean_ptr + row, mean, mask=row < rows)
-        x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / D + eps))
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    y = x * rstd[:, None] * gain[None]
-    if CENTRED:
-        y += tl.load(bias_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)[None]
-    to = row.to(tl.int64)[:, None] * D + channel[None]
-    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
+        bias = tl.load(bias_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)
+    last = tl.minimum((program + 1) * segment, tl.cdiv(rows, R))
+    for tile in tl.range(program * segment, last, num_stages=STAGES):
+        row = tile * R + tl.arange(0, R)
+        inside = (row < rows)[:, None] & (channel < D)[None]
+        at = _rows(row, inner, x_outer, x_inner)[:, None] + channel[None]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            mean = tl.sum(x, 1) / D
+            tl.store(mean_ptr + row, mean, mask=row < rows)
+            x = tl.where(inside, x - mean[:, None], 0.0)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 1) / D + eps))
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        y = x * rstd[:, None] * gain[None]
+        if CENTRED:
+            y += bias[None]
+        to = row.to(tl.int64)[:, None] * D + channel[None]
+        tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
