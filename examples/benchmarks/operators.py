@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.chunked_attention import chunked_attention
-from megalodon_mcore.kernels.gates import gated_silu
+from megalodon_mcore.kernels.gates import gated_silu, swiglu
 from megalodon_mcore.kernels.query_key import query_key
-from megalodon_mcore.kernels.row_norm import rms_norm
-from megalodon_mcore.kernels.timestep_norm import timestep_norm
+from megalodon_mcore.kernels.row_norm import layer_norm, rms_norm
+from megalodon_mcore.kernels.timestep_norm import timestep_norm, timestep_statistics
 from torch import Tensor
 
 NDIM = 16
@@ -79,6 +79,11 @@ def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
 def run_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
     """TimestepNorm without a state."""
     return (timestep_norm(x, weight, bias, shape.groups, EPS)[0],)
+
+
+def statistics_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x alone."""
+    return norm_inputs(shape, dtype, device)[:1]
 
 
 def cema_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -147,14 +152,19 @@ def gate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     return _leaves(*torch.randn(size, device=device, dtype=dtype))
 
 
+def swiglu_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What the FFN's first product gives, gate and x side by side."""
+    size = (shape.batch, shape.length, 2 * shape.ffn)
+    return _leaves(torch.randn(size, device=device, dtype=dtype))
+
+
 def elementwise_flops(
-    each: int, width: str | None = None
+    each: int, columns: Callable[[Shape], int] = lambda shape: shape.channels
 ) -> Callable[[Shape], tuple[float, float]]:
     """So many for every scalar, twice as many backward."""
 
     def flops(shape: Shape) -> tuple[float, float]:
-        columns = shape.heads * getattr(shape, width) if width else shape.channels
-        forward = each * shape.batch * shape.length * columns
+        forward = each * shape.batch * shape.length * columns(shape)
         return forward, 2 * forward
 
     return flops
@@ -162,6 +172,13 @@ def elementwise_flops(
 
 OPERATORS = {
     "TimestepNorm": Operator(norm_inputs, run_norm, elementwise_flops(8), True, "channels"),
+    "timestep statistics": Operator(
+        statistics_inputs,
+        lambda shape, x: timestep_statistics(x, shape.groups),
+        elementwise_flops(4),
+        True,
+        "length",
+    ),
     "CEMA": Operator(cema_inputs, run_cema, cema_flops, True, "channels"),
     "RMSNorm": Operator(
         rms_norm_inputs,
@@ -170,14 +187,32 @@ OPERATORS = {
         True,
         "length",
     ),
+    "LayerNorm": Operator(
+        norm_inputs,
+        lambda shape, x, weight, bias: (layer_norm(x, weight, bias, EPS),),
+        elementwise_flops(6),
+        True,
+        "length",
+    ),
     "query and key": Operator(
-        query_key_inputs, run_query_key, elementwise_flops(13, "key_width"), True, "length"
+        query_key_inputs,
+        run_query_key,
+        elementwise_flops(13, lambda shape: shape.heads * shape.key_width),
+        True,
+        "length",
     ),
     "attention": Operator(attention_inputs, run_attention, attention_flops, False, "chunk"),
     "gate": Operator(
         gate_inputs,
         lambda shape, gate, x: (gated_silu(gate, x),),
-        elementwise_flops(5, "value_width"),
+        elementwise_flops(5, lambda shape: shape.heads * shape.value_width),
+        True,
+        "length",
+    ),
+    "SwiGLU": Operator(
+        swiglu_inputs,
+        lambda shape, hidden: (swiglu(hidden),),
+        elementwise_flops(5, lambda shape: shape.ffn),
         True,
         "length",
     ),

@@ -36,12 +36,25 @@ def test_timestep_norm_in_one_walk_is_at_the_floor(traffic):
         assert count.flops == 0
 
 
-@pytest.mark.parametrize("name", ["RMSNorm", "gate"])
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "gate", "SwiGLU", "timestep statistics"])
 def test_row_and_elementwise_kernels_are_near_the_floor(traffic, name):
-    shape = shape_of(traffic, length=512, channels=256, key_width=64, value_width=512)
+    shape = shape_of(traffic, length=512, channels=256, value_width=512, ffn=512)
     counts = traffic.sliced(name, shape, torch.bfloat16, 2)
     for count in counts.values():
         assert 1 <= count.moved / count.floor < 1.3
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("RMSNorm", 1), ("LayerNorm", 2)])
+def test_row_norms_read_their_parameters_once_a_program(traffic, name, parameters):
+    """A row is a tile, as at 7b. Each row leaves its rms, or mean and deviation."""
+    from megalodon_mcore.kernels.row_norm import triton as kernels
+
+    shape = shape_of(traffic, batch=2, length=32, channels=256)
+    with patch.multiple(kernels, TILE=256, PROGRAMS=4):
+        counts = traffic.measure(traffic.OPERATORS[name], shape, torch.bfloat16)
+    rows, programs = 2 * 32, 2 * 4
+    wanted = 2 * rows * 256 * 2 + parameters * (4 * rows + programs * 256 * 4)
+    assert counts["forward"].moved == wanted
 
 
 def test_query_and_key_read_a_row_of_turns_for_a_tile(traffic):
