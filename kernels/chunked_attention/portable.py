@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .naive import AttentionState
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
 
 
 def chunked_attention_portable(
@@ -96,25 +96,37 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         q, k, v, *kept = ctx.saved_tensors
         queries, keys = _at_least_float32(q), _at_least_float32(k)
-        grad_q, grad_k = torch.empty_like(queries), torch.zeros_like(keys)
-        grad_v = torch.zeros_like(v, dtype=keys.dtype)
-        for block, (rows, seen) in enumerate(_query_blocks(q, k)):
+        grad_q, grad_k = torch.empty_like(queries), torch.empty_like(keys)
+        grad_v = torch.empty_like(v, dtype=keys.dtype)
+        # The last block sees every key: it fills what the others add to.
+        first = True
+        for block, (rows, seen) in reversed(list(enumerate(_query_blocks(q, k)))):
             weights = _softmax_weights(queries[:, rows], keys[:, :seen])
             grad_weights = torch.bmm(grad_out[:, rows], v[:, :seen].mT).to(weights.dtype)
             used = weights
             if kept:
                 used = _drop(weights, kept[block], ctx.dropout_p)
                 grad_weights = _drop(grad_weights, kept[block], ctx.dropout_p)
-            if v.dtype == grad_v.dtype:
-                grad_v[:, :seen].baddbmm_(used.mT, grad_out[:, rows])
-            else:
-                grad_v[:, :seen] += torch.bmm(used.to(v.dtype).mT, grad_out[:, rows])
+            _accumulate(grad_v[:, :seen], used.to(v.dtype).mT, grad_out[:, rows], first)
             grad_scores = torch.ops.aten._softmax_backward_data(
                 grad_weights, weights, -1, weights.dtype
             )
             torch.bmm(grad_scores, keys[:, :seen], out=grad_q[:, rows])
-            grad_k[:, :seen].baddbmm_(grad_scores.mT, queries[:, rows])
+            _accumulate(grad_k[:, :seen], grad_scores.mT, queries[:, rows], first)
+            first = False
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a b, or = for the first; the sum is in total's type, the product in a's."""
+    if first and total.dtype == a.dtype:
+        torch.bmm(a, b, out=total)
+    elif first:
+        total.copy_(torch.bmm(a, b))
+    elif total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total += torch.bmm(a, b)
 
 
 def _at_least_float32(z: Tensor) -> Tensor:
