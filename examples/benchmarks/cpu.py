@@ -2,14 +2,15 @@
 
     python examples/benchmarks/cpu.py --megalodon-hf PATH_OF_A_CHECKOUT
 
-Rows whose peer is missing are left out. Leave the machine alone meanwhile.
+megalodon-hf, megalodon-jax and the FFT run in processes of their own, with the defaults that their
+users have; Megatron's GPT and torch's layer_norm run here. Rows whose peer is missing are left out.
+Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models
-import peers
 from measure import (
+    backward_of,
+    cema_inputs,
     gemm_peak,
     machine,
     median_seconds,
@@ -30,6 +32,9 @@ from measure import (
 )
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.timestep_norm import timestep_norm
+from peer_process import peer_seconds
+
+from megalodon_mcore.allocator import keep_freed_memory
 
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
 
@@ -62,7 +67,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="Spent on each measurement (3).")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
+    # As the CPU stand-in does for a training run.
+    keep_freed_memory()
     print(machine(), f"\ncommand: {' '.join(sys.argv)}\n", flush=True)
     rows: list[Row] = []
     curves: dict[str, dict[int, float]] = {}
@@ -92,19 +98,15 @@ def cema_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
     """CEMA forward and backward against a plain FFT and megalodon-hf; memory and flatness."""
     x, parameters = cema_inputs(2, 4096)
     ours = median_seconds(backward_of(lambda: cema(x, *parameters)[0], x), args.seconds)
-    fft = median_seconds(backward_of(lambda: peers.cema_by_fft(x, *parameters), x), args.seconds)
     what = "CEMA B 2, L 4096, D 1024, N 16"
-    yield Row("cema", f"{what}: plain FFT", seconds(ours), seconds(fft), fft / ours, ">= 10")
-    package = peers.megalodon_hf(args.megalodon_hf)
-    if package is not None:
-        from megalodon.modeling_megalodon import ComplexEMA
-
-        theirs = ComplexEMA(1024, 16)
-        turned = x.detach().transpose(1, 2).contiguous().requires_grad_()
-        time = median_seconds(backward_of(lambda: theirs(turned)[0], turned), args.seconds)
-        yield Row(
-            "cema", f"{what}: megalodon-hf", seconds(ours), seconds(time), time / ours, ">= 20"
-        )
+    for peer, run, target in (
+        ("plain FFT", "cema-by-fft", ">= 10"),
+        ("megalodon-hf", "megalodon-hf-cema", ">= 20"),
+    ):
+        time = peer_seconds(run, 4096, args.seconds, args.megalodon_hf)
+        if time is not None:
+            label = f"{what}: {peer}"
+            yield Row("cema", label, seconds(ours), seconds(time), time / ours, target)
     extra = peak_extra_bytes(backward_of(lambda: cema(x, *parameters)[0], x))
     size = 4 * x.numel()
     yield Row("cema", f"{what}: peak memory / input", mib(extra), mib(size), extra / size, "< 4")
@@ -137,7 +139,6 @@ def norm_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
 
 def model_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
     """The 12M model against the GEMM peak, megalodon-jax, megalodon-hf and its own bf16."""
-    package = peers.megalodon_hf(args.megalodon_hf)
     peak = gemm_peak(torch.float32)
     speeds, shares = {}, {}
     with models.megatron():
@@ -151,22 +152,12 @@ def model_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
             ours, ceiling = rate(speeds[length]), f"{peak / 1e9:.0f} GFLOP/s"
             what = f"12M model, L {length}"
             yield Row("model", f"{what}: of the GEMM peak", ours, ceiling, shares[length], ">= 0.7")
-            step = peers.megalodon_jax_step(models.SIZES, 2, length)
-            if step is not None:
-                peer = tokens / median_seconds(step, args.seconds, 3)
-                ratio = speeds[length] / peer
-                yield Row("model", f"{what}: megalodon-jax", ours, rate(peer), ratio, jax_target)
-            if package is not None:
-                theirs = peers.megalodon_hf_model(package, models.SIZES)
-                inputs = torch.randint(models.SIZES["vocabulary"], (2, length))
-
-                def run(model=theirs, inputs=inputs) -> None:  # noqa: ANN001
-                    model(inputs, labels=inputs, use_cache=False).loss.backward()
-                    model.zero_grad()
-
-                peer = tokens / median_seconds(run, args.seconds, 3)
-                ratio = speeds[length] / peer
-                yield Row("model", f"{what}: megalodon-hf", ours, rate(peer), ratio, hf_target)
+            for name, target in (("megalodon-jax", jax_target), ("megalodon-hf", hf_target)):
+                time = peer_seconds(name, length, args.seconds, args.megalodon_hf)
+                if time is not None:
+                    peer = tokens / time
+                    ratio = speeds[length] / peer
+                    yield Row("model", f"{what}: {name}", ours, rate(peer), ratio, target)
             half = models.megalodon(torch.bfloat16).bfloat16()
             time = median_seconds(models.forward_backward(half, 2, length), args.seconds, 5)
             bf16 = tokens / time
@@ -223,25 +214,6 @@ GROUPS: dict[str, Callable[[argparse.Namespace, dict], Iterator[Row]]] = {
     "step": step_rows,
     "decoding": decoding_rows,
 }
-
-
-def cema_inputs(batch: int, length: int, channels: int = 1024) -> tuple:
-    """x [batch, length, channels] and CEMA's parameters with 16 dimensions, all leaves."""
-    x = torch.randn(batch, length, channels, requires_grad=True)
-    shapes = ((channels, 16, 1), (channels, 16, 1), (channels, 1, 1), (channels, 16, 2))
-    parameters = [torch.randn(*shape, requires_grad=True) for shape in (*shapes, (channels, 1))]
-    return x, parameters
-
-
-def backward_of(function: Callable[[], torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
-    """A forward and backward pass that keeps no gradients."""
-    upstream = torch.randn_like(function())
-
-    def run() -> None:
-        function().backward(upstream)
-        x.grad = None
-
-    return run
 
 
 def seconds(value: float) -> str:

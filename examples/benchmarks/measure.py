@@ -14,8 +14,14 @@ import torch
 
 
 def median_seconds(function: Callable[[], object], seconds: float = 3.0, most: int = 50) -> float:
-    """The median time of a call, over as many calls as fit into `seconds` (3 at least)."""
+    """The median time of a call, over as many calls as fit into `seconds` (3 at least).
+
+    Before, it is called for as long unmeasured: an allocator needs some calls to settle.
+    """
+    end = time.perf_counter() + seconds
     function()
+    while time.perf_counter() < end:
+        function()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or (time.perf_counter() < end and len(times) < most):
@@ -23,6 +29,25 @@ def median_seconds(function: Callable[[], object], seconds: float = 3.0, most: i
         function()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def cema_inputs(batch: int, length: int, channels: int = 1024) -> tuple:
+    """x [batch, length, channels] and CEMA's parameters with 16 dimensions, all leaves."""
+    x = torch.randn(batch, length, channels, requires_grad=True)
+    shapes = ((channels, 16, 1), (channels, 16, 1), (channels, 1, 1), (channels, 16, 2))
+    parameters = [torch.randn(*shape, requires_grad=True) for shape in (*shapes, (channels, 1))]
+    return x, parameters
+
+
+def backward_of(function: Callable[[], torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
+    """A forward and backward pass that keeps no gradients."""
+    upstream = torch.randn_like(function())
+
+    def run() -> None:
+        function().backward(upstream)
+        x.grad = None
+
+    return run
 
 
 def gemm_peak(dtype: torch.dtype, size: int = 2048) -> float:

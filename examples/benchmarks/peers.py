@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -45,10 +46,8 @@ def attention_by_split_heads(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Ten
     return out.transpose(1, 2).reshape(batch, length, heads, parts * width)
 
 
-def megalodon_hf(folder: Path | None) -> Any:  # noqa: ANN401
-    """The package of a checkout of github.com/pszemraj/megalodon-hf; None without one."""
-    if folder is None:
-        return None
+def megalodon_hf(folder: Path) -> Any:  # noqa: ANN401
+    """The package of a checkout of github.com/pszemraj/megalodon-hf."""
     sys.path.insert(0, str(folder / "src"))
     import megalodon
 
@@ -73,14 +72,17 @@ def megalodon_hf_model(package: Any, sizes: dict[str, int]) -> torch.nn.Module: 
     )
 
 
+def has_megalodon_jax() -> bool:
+    """Whether megalodon-jax and what it needs are installed."""
+    return all(importlib.util.find_spec(name) for name in ("equinox", "jax", "megalodon_jax"))
+
+
 def megalodon_jax_step(sizes: dict[str, int], batch: int, length: int) -> Any:  # noqa: ANN401
-    """A compiled forward and backward pass of megalodon-jax; None where it is not installed."""
-    try:
-        import equinox
-        import jax
-        import megalodon_jax
-    except ImportError:
-        return None
+    """A compiled forward and backward pass of megalodon-jax."""
+    import equinox
+    import jax
+    import megalodon_jax
+
     config = megalodon_jax.MegalodonConfig(
         vocab_size=sizes["vocabulary"],
         model_dim=sizes["hidden_size"],
