@@ -29,7 +29,10 @@ TILE = 2048
 LINE = 128
 # Tiles on their way from memory while one is worked on.
 STAGES = 3
-# Programs that keep a card busy; with fewer, time is cut into segments.
+# Programs that keep a card busy; with less than half as many, time is cut into segments. A tile is
+# a chain of some 700 instructions a warp forward, so that instructions bind before bytes do: one
+# walk by 64 programs (7b, a single sequence) would leave half an H100 idle and the rest waiting,
+# which costs more than reading x twice. Counted in the machine code, unmeasured on a GPU.
 PROGRAMS = 512
 
 
@@ -92,7 +95,7 @@ class Tiling(NamedTuple):
         wanted = 1 if 2 * programs >= PROGRAMS else triton.cdiv(PROGRAMS, programs)
         segment = triton.cdiv(chunks, min(chunks, max(wanted, fewest)))
         segments = triton.cdiv(chunks, segment)
-        warps = min(16, max(1, steps * width // 256))
+        warps = min(16, max(1, steps * width // 512))
         return cls(
             *(size, padded, group_block, steps, group_blocks, chunks, segment, segments, warps)
         )
@@ -107,7 +110,8 @@ class Tiling(NamedTuple):
             "T": self.steps,
             "MASKED": mask is not None,
             "STAGES": STAGES,
-            "num_warps": self.warps,
+            # A mask takes registers, too.
+            "num_warps": self.warps if mask is None else min(16, 2 * self.warps),
         }
 
 
@@ -259,19 +263,43 @@ def _real(flags, t, length, row, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _deviations(x, real, inside, S: tl.constexpr):  # noqa: ANN001, ANN202
+def _all_real(real, first, length, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+    """How many steps of a tile that begins at `first` are real, in float64."""
+    T: tl.constexpr = real.shape[0]
+    if MASKED:
+        return tl.sum(real.to(tl.int32), 0).to(tl.float64)
+    else:
+        return tl.minimum(length - first, T).to(tl.float64)
+
+
+@triton.jit
+def _real_so_far(real, first, length, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+    """How many steps of a tile that begins at `first` are real up to each [T], in float64."""
+    T: tl.constexpr = real.shape[0]
+    if MASKED:
+        return tl.cumsum(real.to(tl.int32), 0).to(tl.float64)
+    else:
+        return tl.minimum(tl.arange(0, T) + 1, length - first).to(tl.float64)
+
+
+@triton.jit
+def _deviations(x, real, steps, inside, S: tl.constexpr):  # noqa: ANN001, ANN202
     """A tile's rough mean [GB], each step's mean about it and its variance [T, GB]; float64.
 
-    A step's mean is taken twice, so that its error is small beside the step's own spread.
+    x is 0 where there is nothing, `steps` how many of its steps are real. A step's mean is taken
+    twice, so that its error is small beside the step's own spread.
     """
-    there = real[:, None, None] & inside[None]
+    PADDED: tl.constexpr = S < x.shape[2]
     rough = tl.sum(x, 2) / S
-    centred = tl.where(there, x - rough[:, :, None], 0.0)
+    centred = x - rough[:, :, None]
+    if PADDED:
+        centred = tl.where(inside[None], centred, 0.0)
     rest = tl.sum(centred, 2) / S
-    centred = tl.where(there, centred - rest[:, :, None], 0.0)
+    centred -= rest[:, :, None]
+    if PADDED:
+        centred = tl.where(inside[None], centred, 0.0)
     var = tl.sum(centred * centred, 2) / S
-    steps = tl.sum(real.to(tl.float32), 0)
-    shift = (tl.sum(rough, 0) / tl.maximum(steps, 1.0)).to(tl.float64)
+    shift = tl.sum(rough, 0).to(tl.float64) / tl.maximum(steps, 1.0)
     mean = rough.to(tl.float64) - shift[None] + rest.to(tl.float64)
     return shift, tl.where(real[:, None], mean, 0.0), var.to(tl.float64)
 
@@ -286,10 +314,10 @@ def _merge(n, mean, m2, more, more_mean, more_m2):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _running(x, real, inside, n, mean, m2, S: tl.constexpr):  # noqa: ANN001, ANN202
+def _running(x, real, steps, so_far, inside, n, mean, m2, S: tl.constexpr):  # noqa: ANN001, ANN202
     """Count [T, 1], mean and M2 [T, GB] at every step, float64, after (n, mean, m2) [GB]."""
-    shift, step_mean, step_var = _deviations(x, real, inside, S)
-    steps = tl.cumsum(real.to(tl.float64), 0)[:, None]
+    shift, step_mean, step_var = _deviations(x, real, steps, inside, S)
+    steps = so_far[:, None]
     s1 = tl.cumsum(step_mean, 0)
     s2 = tl.cumsum(step_var + step_mean * step_mean, 0)
     offset = s1 / tl.maximum(steps, 1.0)
@@ -354,8 +382,8 @@ def totals_kernel(
         there = real[:, None, None] & inside[None]
         at = row * x_batch + t.to(tl.int64)[:, None, None] * x_step + channel[None]
         x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-        shift, step_mean, step_var = _deviations(x, real, inside, S)
-        steps = tl.sum(real.to(tl.float64), 0)
+        steps = _all_real(real, chunk * T, length, MASKED)
+        shift, step_mean, step_var = _deviations(x, real, steps, inside, S)
         s1 = tl.sum(step_mean, 0)
         s2 = tl.sum(step_var + step_mean * step_mean, 0)
         offset = s1 / tl.maximum(steps, 1.0)
@@ -425,19 +453,23 @@ def forward_kernel(
         x = tl.load(
             x_ptr + row * x_batch + wide * x_step + channel[None], mask=there, other=0.0
         ).to(tl.float32)
-        counts, means, m2s = _running(x, real, inside, n, mean, m2, S)
+        steps = _all_real(real, chunk * T, length, MASKED)
+        so_far = _real_so_far(real, chunk * T, length, MASKED)
+        counts, means, m2s = _running(x, real, steps, so_far, inside, n, mean, m2, S)
         var_t = (m2s / tl.maximum(counts, 1.0) + eps).to(tl.float32)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(var_t))
         high = means.to(tl.float32)
         low = (means - high).to(tl.float32) * rstd
         normed = (x - high[:, :, None]) * rstd[:, :, None] - low[:, :, None]
-        y = tl.where(there, normed * gain[None] + bias[None], 0.0)
+        y = normed * gain[None] + bias[None]
+        if MASKED:
+            y = tl.where(there, y, 0.0)
         tl.store(
             y_ptr + row * y_batch + wide * y_step + channel[None],
             y.to(y_ptr.dtype.element_ty),
             mask=(t < length)[:, None, None] & inside[None],
         )
-        n = _row(counts + tl.zeros([1, GB], tl.float64), T - 1, T)
+        n += steps
         mean = _row(means, T - 1, T)
         m2 = _row(m2s, T - 1, T)
     if last == chunks:
@@ -452,6 +484,8 @@ def _tile_backward(  # noqa: ANN202
     grad,  # noqa: ANN001
     gain,  # noqa: ANN001
     real,  # noqa: ANN001
+    steps,  # noqa: ANN001
+    so_far,  # noqa: ANN001
     inside,  # noqa: ANN001
     at_end,  # noqa: ANN001
     grad_mean,  # noqa: ANN001
@@ -467,12 +501,13 @@ def _tile_backward(  # noqa: ANN202
     With A, V the running mean and variance of count n: a = dL/dA / n - 2 A v, v = dL/dV / n. A
     scalar x at step t then gets (sum_{t..} a + 2 x sum_{t..} v) / S from this and later steps.
     """
-    counts, means, m2s = _running(x, real, inside, n, mean, m2, S)
+    counts, means, m2s = _running(x, real, steps, so_far, inside, n, mean, m2, S)
     counts = tl.maximum(counts, 1.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn((m2s / counts + eps).to(tl.float32)))
     high = means.to(tl.float32)
     low = (means - high).to(tl.float32)
-    centred = tl.where(real[:, None, None] & inside[None], x - high[:, :, None], 0.0)
+    # Where there is nothing it is no zero, but meets a gradient of zero.
+    centred = x - high[:, :, None]
     normed = centred * rstd[:, :, None] - (low * rstd)[:, :, None]
     gained = grad * gain[None]
     to_mean = -tl.sum(gained, 2) * rstd
@@ -536,8 +571,10 @@ def backward_totals_kernel(
         ).to(tl.float32)
         entry = before + (row * chunks + chunk) * 3 * G
         n, mean, m2 = _load_three(entry, g, G, g < G)
+        steps = _all_real(real, chunk * T, length, MASKED)
+        so_far = _real_so_far(real, chunk * T, length, MASKED)
         a, v, _means, _low, _rstd, _centred, _normed, _gained = _tile_backward(
-            *(x, grad, gain, real, inside, t == length - 1, grad_mean, grad_var),
+            *(x, grad, gain, real, steps, so_far, inside, t == length - 1, grad_mean, grad_var),
             *(n, mean, m2, eps, S),
         )
         sum_a += tl.sum(a, 0)
@@ -618,8 +655,10 @@ def backward_kernel(
         ).to(tl.float32)
         entry = before + (row * chunks + chunk) * 3 * G
         n, mean, m2 = _load_three(entry, g, G, g < G)
+        steps = _all_real(real, chunk * T, length, MASKED)
+        so_far = _real_so_far(real, chunk * T, length, MASKED)
         a, v, means, low, rstd, centred, normed, gained = _tile_backward(
-            *(x, grad, gain, real, inside, t == length - 1, grad_mean, grad_var),
+            *(x, grad, gain, real, steps, so_far, inside, t == length - 1, grad_mean, grad_var),
             *(n, mean, m2, eps, S),
         )
         grad_weight += tl.sum(grad * normed, 0).to(tl.float64)
@@ -633,9 +672,11 @@ def backward_kernel(
         slope = (from_here_v * (2.0 / S)).to(tl.float32)
         constant = ((from_here_a + 2.0 * means * from_here_v) / S).to(tl.float32) - slope * low
         grad_x = gained * rstd[:, :, None] + centred * slope[:, :, None] + constant[:, :, None]
+        if MASKED:
+            grad_x = tl.where(there, grad_x, 0.0)
         tl.store(
             grad_x_ptr + row * grad_x_batch + wide * grad_x_step + channel[None],
-            tl.where(there, grad_x, 0.0).to(grad_x_ptr.dtype.element_ty),
+            grad_x.to(grad_x_ptr.dtype.element_ty),
             mask=(t < length)[:, None, None] & inside[None],
         )
 
