@@ -9,17 +9,34 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from comparing import by_three
 
 OUTCOMES = pytest.StashKey[dict]()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreted: runs Triton kernels in their interpreter")
     config.stash[OUTCOMES] = {}
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+def path(request, monkeypatch):
+    """The path that the module's PACKAGE takes, cut so small that there are several pieces.
+
+    They are blocks of three rows of the portable path, tiles by the module's TILES of Triton's.
+    """
+    module = request.module
+    monkeypatch.setenv("MEGALODON_KERNELS", request.param)
+    file = "triton" if request.param == "triton" else "portable"
+    kernels = import_module(f"megalodon_mcore.kernels.{module.PACKAGE}.{file}")
+    cuts = module.TILES if request.param == "triton" else {"row_blocks": by_three}
+    for name, value in cuts.items():
+        monkeypatch.setattr(kernels, name, value)
+    return request.param
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import error
 from megalodon_mcore.kernels.chunked_attention import (
     AttentionState,
     chunked_attention,
@@ -10,16 +11,6 @@ from megalodon_mcore.kernels.chunked_attention import (
 )
 
 FLOAT32 = 3e-6
-
-
-def error(actual, expected):
-    """Largest difference, relative to the largest expected value."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach(), expected.detach()
-    if not expected.numel():
-        return 0.0
-    scale = expected.abs().max().double().clamp_min(1e-30)
-    return float((actual.double() - expected.double()).abs().max() / scale)
 
 
 def random_inputs(batch, length, heads, dk, dv, cached=None, dtype=torch.float32):

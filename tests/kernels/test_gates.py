@@ -6,30 +6,12 @@ import pytest
 import torch
 from megalodon_mcore.kernels.gates import gated_silu, gated_silu_naive, swiglu, swiglu_naive
 
+# What the `path` fixture cuts small.
+PACKAGE, TILES = "gates", {"TILE": 1024, "COLUMNS": 256}
 FLOAT32 = 1e-6
 FAST = {"gated": gated_silu, "swiglu": swiglu}
 NAIVE = {"gated": gated_silu_naive, "swiglu": swiglu_naive}
 SHAPES = [(1, 2), (3, 10), (5, 3, 96), (2, 3, 7, 24), (3, 1, 1280)]
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
-def path(request, monkeypatch):
-    """The path to take, with tiles (or blocks) so small that there are several of them."""
-    monkeypatch.setenv("MEGALODON_KERNELS", request.param)
-    if request.param == "triton":
-        from megalodon_mcore.kernels.gates import triton
-
-        monkeypatch.setattr(triton, "TILE", 1024)
-        monkeypatch.setattr(triton, "COLUMNS", 256)
-    else:
-        from megalodon_mcore.kernels.gates import portable
-
-        monkeypatch.setattr(portable, "row_blocks", by_three)
-    return request.param
-
-
-def by_three(rows, width, device):
-    return (slice(start, min(start + 3, rows)) for start in range(0, rows, 3))
 
 
 def inputs(name, shape, dtype=torch.float32, transposed=False):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from comparing import error
 from megalodon_mcore.kernels.query_key import query_key, query_key_naive
 
+# What the `path` fixture cuts small.
+PACKAGE, TILES = "query_key", {"TILE": 256, "PROGRAMS": 4}
 EPS = 1e-5
 FLOAT32 = 1e-6
 CASES = [
@@ -15,33 +18,6 @@ CASES = [
     (1, 37, 2, 64, 5, 100),
     (1, 70, 2, 16, 9, 20),
 ]
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
-def path(request, monkeypatch):
-    """The path to take, with tiles (or blocks) so small that there are several of them."""
-    monkeypatch.setenv("MEGALODON_KERNELS", request.param)
-    if request.param == "triton":
-        from megalodon_mcore.kernels.query_key import triton
-
-        monkeypatch.setattr(triton, "TILE", 256)
-        monkeypatch.setattr(triton, "PROGRAMS", 4)
-    else:
-        from megalodon_mcore.kernels.query_key import portable
-
-        monkeypatch.setattr(portable, "row_blocks", by_three)
-    return request.param
-
-
-def by_three(rows, width, device):
-    return (slice(start, min(start + 3, rows)) for start in range(0, rows, 3))
-
-
-def error(actual, expected):
-    """Largest difference, relative to the largest expected value."""
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().double().clamp_min(1e-30)
-    return float((actual.double() - expected.double()).abs().max() / scale)
 
 
 def inputs(batch, length, heads, width, dtype=torch.float32):

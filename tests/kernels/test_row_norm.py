@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from comparing import error
 from megalodon_mcore.kernels.row_norm import (
     layer_norm,
     layer_norm_naive,
@@ -11,38 +12,13 @@ from megalodon_mcore.kernels.row_norm import (
     rms_norm_naive,
 )
 
+# What the `path` fixture cuts small.
+PACKAGE, TILES = "row_norm", {"TILE": 1024, "PROGRAMS": 3}
 EPS = 1e-5
 FLOAT32 = 1e-6
 FAST = {"rms": rms_norm, "layer": layer_norm}
 NAIVE = {"rms": rms_norm_naive, "layer": layer_norm_naive}
 SHAPES = [(1, 5), (3, 17), (2, 40, 96), (3, 2, 5, 7), (50, 6), (3, 1, 1000)]
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
-def path(request, monkeypatch):
-    """The path to take, with tiles (or blocks) so small that there are several of them."""
-    monkeypatch.setenv("MEGALODON_KERNELS", request.param)
-    if request.param == "triton":
-        from megalodon_mcore.kernels.row_norm import triton
-
-        monkeypatch.setattr(triton, "TILE", 1024)
-        monkeypatch.setattr(triton, "PROGRAMS", 3)
-    else:
-        from megalodon_mcore.kernels.row_norm import portable
-
-        monkeypatch.setattr(portable, "row_blocks", by_three)
-    return request.param
-
-
-def by_three(rows, width, device):
-    return (slice(start, min(start + 3, rows)) for start in range(0, rows, 3))
-
-
-def error(actual, expected):
-    """Largest difference, relative to the largest expected value."""
-    assert actual.shape == expected.shape
-    scale = expected.abs().max().double().clamp_min(1e-30)
-    return float((actual.double() - expected.double()).abs().max() / scale)
 
 
 def inputs(name, shape, dtype=torch.float32, transposed=False, offset=1.0):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import error
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
     portable,
@@ -15,16 +16,6 @@ FLOAT32 = 1e-6
 # With one scalar a group the first step has no variance, and in its gradient two terms of size
 # 1/sqrt(eps) cancel.
 ONE_SCALAR = 2**-24 / EPS**0.5
-
-
-def error(actual, expected):
-    """Largest difference, relative to the largest expected value."""
-    assert actual.shape == expected.shape
-    actual, expected = actual.detach(), expected.detach()
-    if not expected.numel():
-        return 0.0
-    scale = expected.abs().max().double().clamp_min(1e-30)
-    return float((actual.double() - expected.double()).abs().max() / scale)
 
 
 def random_inputs(batch, length, channels, groups, dtype=torch.float32, state=True, mask=False):

@@ -7,12 +7,13 @@ a fixture mends.
 
 import pytest
 import torch
+from comparing import error
 from megalodon_mcore.kernels.chunked_attention import (
     AttentionState,
     chunked_attention,
     chunked_attention_naive,
 )
-from test_chunked_attention import FLOAT32, draws_for, error, random_inputs, run
+from test_chunked_attention import FLOAT32, draws_for, random_inputs, run
 
 pytestmark = pytest.mark.interpreted
 

@@ -6,12 +6,12 @@ less than a factor of two.
 
 import pytest
 import torch
+from comparing import error
 from megalodon_mcore.kernels.timestep_norm import timestep_norm, timestep_norm_naive
 from test_timestep_norm import (
     EPS,
     FLOAT32,
     ONE_SCALAR,
-    error,
     naive_statistics,
     random_inputs,
     run,
