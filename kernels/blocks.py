@@ -3,10 +3,28 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+from .fuse import fuses
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Cuts `rows` rows of `width` numbers each into consecutive ranges of bounded size."""
-    numbers = 2**18 if device.type == "cpu" else 2**26
-    size = max(1, numbers // max(1, width))
+def row_blocks(rows: int, x: Tensor) -> Iterator[slice]:
+    """Cuts x's `rows` rows into ranges of bounded size, or into one where loops are fused."""
+    numbers = 2**18 if x.device.type == "cpu" else 2**26
+    size = max(1, numbers * rows // max(1, x.numel()))
+    if fuses(x):
+        size = max(1, rows)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def place(whole: Tensor | None, like: Tensor, part: Tensor, *at: slice) -> Tensor:
+    """`whole`, a tensor like `like` made by the first call, with `part` in its place.
+
+    A part that is all of it becomes the whole without a copy.
+    """
+    if part.shape == like.shape and part.dtype == like.dtype:
+        return part
+    if whole is None:
+        whole = torch.empty_like(like)
+    whole[at] = part
+    return whole

@@ -22,6 +22,7 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
 - init_process_group, new_group, barrier: gloo for nccl, and no device ids.
 - multiprocessing's spawned children, one of which writes checkpoints: they install it too.
 - TORCHDYNAMO_DISABLE: 1, because Megatron's jit_fuser compiles.
+- torch._inductor's look for a GPU that Triton drives: none, for what `kernels.fuse` compiles.
 - Transformer Engine's optimizers: an ImportError, on which Megatron takes torch's.
 - CUDA_DEVICE_MAX_CONNECTIONS: 1 unless it is set, which Megatron demands for overlap on a GPU.
 - glibc's allocator: keeps freed memory; `undo()` leaves that.
@@ -49,6 +50,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch._inductor.config
 import torch.cuda.nvtx
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
@@ -415,6 +417,8 @@ class _StandIn:
             else:
                 self._undo.callback(os.environ.__setitem__, name, before)
             os.environ[name] = value
+        no_look = torch._inductor.config.patch(triton_disable_device_detection=True)
+        self._undo.enter_context(no_look)
 
         def about_something_else(record: logging.LogRecord) -> bool:
             return "CPU RNG state changed" not in record.getMessage()

@@ -228,8 +228,13 @@ def run_model(size, layout):
     return kept.total, forward, backward, again.total
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    monkeypatch.setenv("MEGALODON_FUSE", "0")
+
+
 def gate_on_the_cpu(size, layout):
-    """Without its Triton kernels the gate keeps SiLU of r too."""
+    """Without its Triton kernels or a fused loop the gate keeps SiLU of r too."""
     value_dim = ModelShape.of(size, VOCABULARY).megalodon.value_dim
     return size.num_layers * layout.tokens * value_dim // layout.tp * layout.activation_bytes
 
@@ -256,6 +261,16 @@ def test_a_rank_sends_and_keeps_what_is_planned(name):
     assert runs[1][0] - runs[0][0] == planned_bytes(long) - planned_bytes(short)
     # States, parameters' shifted copies: small, and the same at every length.
     assert 0 <= runs[1][0] - planned_bytes(long) < 2**19
+
+
+@pytest.mark.slow
+def test_fused_loops_keep_what_is_planned(monkeypatch):
+    monkeypatch.setenv("MEGALODON_FUSE", "1")
+    layout = ParallelLayout(seq_length=1024)
+    shape = ModelShape.of(TINY, VOCABULARY)
+    planned = sum(activations.edge_activations(shape, layout, 0).values())
+    planned += TINY.num_layers * sum(activations.layer_activations(shape, layout).values())
+    assert 0 <= run_model(TINY, layout)[0] - planned < 2**19
 
 
 def test_full_recomputation_keeps_a_layer_at_a_time():

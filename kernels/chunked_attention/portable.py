@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .naive import AttentionState
 
+# Rows of queries; of bfloat16 ones twice as many, whose products take less of the time.
 QUERY_BLOCK = 128
 
 
@@ -136,8 +137,9 @@ def _at_least_float32(z: Tensor) -> Tensor:
 def _query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
     """Rows of queries, and how many keys the last of them sees."""
     length, before = q.shape[1], k.shape[1] - q.shape[1]
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    size = QUERY_BLOCK * (2 if q.dtype == torch.bfloat16 else 1)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         yield slice(start, stop), before + stop
 
 

@@ -22,8 +22,8 @@ def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
 
     Returns:
         The product in their shape and type; differentiable (once) in both. In Triton it is computed
-        in float32, contiguous, and nothing but gate and x is kept for backward. The portable path
-        rounds silu(gate) to the type and keeps that too.
+        in float32, contiguous, and nothing but gate and x is kept for backward; so it is where the
+        portable path fuses its loops (see `fuse`), which else rounds silu(gate) and keeps that too.
 
     Raises:
         ValueError: a shape or type does not fit.
@@ -53,7 +53,7 @@ def swiglu(hidden: Tensor) -> Tensor:
 
     Returns:
         [..., F] in hidden's type, contiguous; differentiable (once). Nothing but hidden is kept for
-        backward. In Triton it is computed in float32; the portable path rounds silu to the type.
+        backward. In Triton and in fused loops it is computed in float32; else silu is rounded to the type.
 
     Raises:
         ValueError: hidden's shape or type does not fit.

@@ -98,7 +98,7 @@ def _pairs(x: Tensor) -> Tensor:
 def _blocks(z: Tensor, table: Tensor, first: int) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of steps, with the turns [steps, 1, width / 2] of their positions."""
     batch, length, heads, width = z.shape
-    for steps in row_blocks(length, batch * heads * width, z.device):
+    for steps in row_blocks(length, z):
         start, stop = (first + steps.start) % len(table), steps.stop - steps.start
         stop += start
         if stop <= len(table):

@@ -1,8 +1,8 @@
 """TimestepNorm with plain torch operations, for any device.
 
-Everything of x's size is done in cache-sized blocks of time steps, in float32. The statistics,
-D/G times smaller, are kept in float64, and running sums are taken about a shift near the data,
-so neither the length nor a large mean costs digits.
+Everything of x's size is done in cache-sized blocks of time steps, or in fused loops, in float32.
+The statistics, D/G times smaller, are kept in float64, and running sums are taken about a shift
+near the data, so neither the length nor a large mean costs digits.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..blocks import row_blocks
+from ..blocks import place, row_blocks
+from ..fuse import compiling, fused, pieces
 from .naive import TimestepNormState
 
 
@@ -113,11 +114,11 @@ class _TimestepNorm(torch.autograd.Function):
         high = mean.to(dtype)
         low = (mean - high).to(dtype).mul_(rstd).neg_()
         gain, bias = weight.to(dtype) + 1, bias.to(dtype)
-        y = torch.empty_like(x)
+        y = None
         for steps in _blocks(x):
-            centred = _grouped(x, steps, groups, mask) - high[:, steps, :, None]
-            normed = torch.addcmul(low[:, steps, :, None], centred, rstd[:, steps, :, None])
-            _write(y, steps, torch.addcmul(bias, normed.flatten(2), gain), mask)
+            statistics = (z[:, steps] for z in (high, low, rstd))
+            block = _normalize(x[:, steps], _part(mask, steps), *statistics, gain, bias)
+            y = place(y, x, block, slice(None), steps)
 
         ctx.save_for_backward(x, weight, offset, shift, rstd, count_in, mask)
         return y, mean[:, -1].to(dtype), var[:, -1].to(dtype)
@@ -139,21 +140,16 @@ class _TimestepNorm(torch.autograd.Function):
         low = (mean - high).to(dtype)
         low_rstd = (low * rstd).neg_()
         gain = weight.to(dtype) + 1
-        group_gain = gain.view(groups, size)
 
         # Through A and V at every step: dy/dA = -gain r, dy/dV = -gain r^2 normed / 2.
         to_mean, to_var = torch.empty_like(mean), torch.empty_like(mean)
         grad_weight, grad_bias = mean.new_zeros(channels), mean.new_zeros(channels)
         for steps in _blocks(x):
-            centred = _grouped(x, steps, groups, mask) - high[:, steps, :, None]
-            normed = torch.addcmul(low_rstd[:, steps, :, None], centred, rstd[:, steps, :, None])
-            grad = _grouped(grad_y, steps, groups, mask)
-            normed.mul_(grad)
-            # One dimension at a time: both at once are slow where they lie apart in memory.
-            grad_bias += grad.flatten(2).sum(1).sum(0)
-            grad_weight += normed.flatten(2).sum((0, 1))
-            to_mean[:, steps] = (grad * group_gain).sum(-1)
-            to_var[:, steps] = normed.mul_(group_gain).sum(-1)
+            statistics = (z[:, steps] for z in (high, low_rstd, rstd))
+            given = (x[:, steps], grad_y[:, steps], _part(mask, steps), *statistics)
+            to_mean[:, steps], to_var[:, steps] = _sums_over_groups(*given, gain)
+            for total, sums in zip((grad_weight, grad_bias), _sums_over_steps(*given), strict=True):
+                total += sums.sum((0, 1), dtype=torch.float64)
         to_mean.mul_(rstd).neg_()
         to_var.mul_(rstd).mul_(rstd).mul_(-0.5)
         to_mean[:, -1] += grad_mean
@@ -174,13 +170,11 @@ class _TimestepNorm(torch.autograd.Function):
         constant = to_s1.div_(size).addcmul_(offset, slope)
         slope = slope.to(dtype)
         constant = constant.to(dtype).addcmul_(slope, low, value=-1)
-        grad_x = torch.empty_like(x)
+        grad_x = None
         for steps in _blocks(x):
-            centred = _grouped(x, steps, groups, mask) - high[:, steps, :, None]
-            grad = _grouped(grad_y, steps, groups, mask) * group_gain
-            grad.mul_(rstd[:, steps, :, None]).addcmul_(centred, slope[:, steps, :, None])
-            grad.add_(constant[:, steps, :, None])
-            _write(grad_x, steps, grad.flatten(2), mask)
+            statistics = (z[:, steps] for z in (high, rstd, slope, constant))
+            given = (x[:, steps], grad_y[:, steps], _part(mask, steps))
+            grad_x = place(grad_x, x, _gradient(*given, *statistics, gain), slice(None), steps)
 
         grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
         return grad_x, grad_weight, grad_bias, grad_mean_in, grad_var_in, None, None, None
@@ -214,11 +208,11 @@ class _TimestepStatistics(torch.autograd.Function):
         # slope (x - mean) + grad_mean / scalars, about the rounded mean.
         rounded = mean.to(dtype)
         constant = grad_mean / scalars - slope * (mean - rounded)
-        slope, constant = (z.to(dtype)[:, None, :, None] for z in (slope, constant))
-        grad_x = torch.empty_like(x)
+        slope, constant = slope.to(dtype), constant.to(dtype)
+        grad_x = None
         for steps in _blocks(x):
-            centred = _grouped(x, steps, groups, None) - rounded[:, None, :, None]
-            grad_x[:, steps] = torch.addcmul(constant, centred, slope).flatten(2)
+            part = _affine(x[:, steps], rounded, slope, constant)
+            grad_x = place(grad_x, x, part, slice(None), steps)
         return grad_x, None
 
 
@@ -227,37 +221,133 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _blocks(x: Tensor) -> Iterator[slice]:
-    """Ranges of time steps that fit a CPU's cache, or a bounded share of a GPU's memory."""
-    batch, length, channels = x.shape
-    return row_blocks(length, batch * channels, x.device)
+    """Ranges of time steps that a stage takes at a time."""
+    return row_blocks(x.shape[1], x)
 
 
-def _grouped(x: Tensor, steps: slice, groups: int, mask: Tensor | None) -> Tensor:
-    """These steps as [batch, steps, groups, D/G] in the compute type, masked ones zero."""
-    block = x[:, steps].to(_compute_dtype(x))
+def _part(mask: Tensor | None, steps: slice) -> Tensor | None:
+    return None if mask is None else mask[:, steps, None]
+
+
+def _grouped(x: Tensor, mask: Tensor | None, groups: int) -> Tensor:
+    """x as [batch, steps, G, D/G] in the compute type, masked steps zero."""
+    x = x.to(_compute_dtype(x))
     if mask is not None:
-        block = block.masked_fill(~mask[:, steps, None], 0.0)
-    return block.unflatten(-1, (groups, -1))
+        x = torch.where(mask, x, 0.0)
+    return x.unflatten(-1, (groups, x.shape[-1] // groups))
 
 
-def _write(target: Tensor, steps: slice, block: Tensor, mask: Tensor | None) -> None:
-    if mask is not None:
-        block.masked_fill_(~mask[:, steps, None], 0.0)
-    target[:, steps] = block
+def _as_x(z: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[batch, steps, G, D/G] in x's shape and type, masked steps zero."""
+    z = z.flatten(2)
+    return (z if mask is None else torch.where(mask, z, 0.0)).to(dtype)
+
+
+@fused
+def _step_moments(x: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each step's groups: the mean rounded, what that lost, and the mean square from it."""
+    x = _grouped(x, mask, groups)
+    size = x.shape[-1]
+    if compiling():
+        # The compiler would sum float64 one number at a time; this loses 1e-8 of the deviation.
+        rounded = x.sum(-1) / size
+        centred = x - rounded[..., None]
+        return rounded, centred.sum(-1) / size, (centred * centred).sum(-1) / size
+    mean = x.sum(-1, dtype=torch.float64) / size
+    rounded = mean.to(x.dtype)
+    square = torch.linalg.vector_norm(x - rounded[..., None], dim=-1).square_() / size
+    return rounded, mean - rounded, square
+
+
+@fused
+def _normalize(
+    x: Tensor,
+    mask: Tensor | None,
+    high: Tensor,
+    low: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """y; high, rstd and low, minus the mean's low part times rstd: [batch, steps, G]."""
+    groups = high.shape[-1]
+    centred = _grouped(x, mask, groups) - high[..., None]
+    normed = torch.addcmul(low[..., None], centred, rstd[..., None])
+    y = torch.addcmul(bias.view(groups, -1), normed, gain.view(groups, -1))
+    return _as_x(y, mask, x.dtype)
+
+
+@fused
+def _sums_over_groups(
+    x: Tensor,
+    grad_y: Tensor,
+    mask: Tensor | None,
+    high: Tensor,
+    low: Tensor,
+    rstd: Tensor,
+    gain: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sums of gain dL/dy, and of that times what gain multiplies in y: [batch, steps, G]."""
+    groups = high.shape[-1]
+    grad = _grouped(grad_y, mask, groups) * gain.view(groups, -1)
+    centred = _grouped(x, mask, groups) - high[..., None]
+    normed = torch.addcmul(low[..., None], centred, rstd[..., None])
+    return grad.sum(-1), (grad * normed).sum(-1)
+
+
+@fused
+def _sums_over_steps(
+    x: Tensor, grad_y: Tensor, mask: Tensor | None, high: Tensor, low: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums of dL/dy times what gain multiplies in y, and of dL/dy: [batch, pieces, D]."""
+    groups = high.shape[-1]
+    grad = _grouped(grad_y, mask, groups)
+    centred = _grouped(x, mask, groups) - high[..., None]
+    normed = torch.addcmul(low[..., None], centred, rstd[..., None])
+    return _step_sum(grad * normed), _step_sum(grad)
+
+
+def _step_sum(z: Tensor) -> Tensor:
+    """[batch, steps, G, D/G] to sums of pieces of the steps, [batch, pieces, D]."""
+    return pieces(z.flatten(2), 1).sum(2)
+
+
+@fused
+def _gradient(
+    x: Tensor,
+    grad_y: Tensor,
+    mask: Tensor | None,
+    high: Tensor,
+    rstd: Tensor,
+    slope: Tensor,
+    constant: Tensor,
+    gain: Tensor,
+) -> Tensor:
+    """dL/dx = gain rstd dL/dy + slope (x - high) + constant, the statistics [batch, steps, G]."""
+    groups = high.shape[-1]
+    centred = _grouped(x, mask, groups) - high[..., None]
+    grad = _grouped(grad_y, mask, groups) * gain.view(groups, -1)
+    grad = torch.addcmul(constant[..., None], grad, rstd[..., None])
+    return _as_x(torch.addcmul(grad, centred, slope[..., None]), mask, x.dtype)
+
+
+@fused
+def _affine(x: Tensor, centre: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
+    """slope (x - centre) + constant, all three [batch, G]."""
+    x, dtype = _grouped(x, None, centre.shape[-1]), x.dtype
+    centre, slope, constant = (z[:, None, :, None] for z in (centre, slope, constant))
+    return _as_x(torch.addcmul(constant, x - centre, slope), None, dtype)
 
 
 def _step_statistics(x: Tensor, groups: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and population variance of each step's groups, float64 [batch, length, groups]."""
     mean = torch.empty(*x.shape[:2], groups, dtype=torch.float64, device=x.device)
     var = torch.empty_like(mean)
-    size = x.shape[-1] // groups
     for steps in _blocks(x):
-        block = _grouped(x, steps, groups, mask)
-        exact = block.sum(-1, dtype=torch.float64).div_(size)
-        rounded = exact.to(block.dtype)
-        norm = torch.linalg.vector_norm(block - rounded[..., None], dim=-1).double()
-        mean[:, steps] = exact
-        var[:, steps] = norm.square_().div_(size).sub_((exact - rounded).square_())
+        rounded, lost, square = _step_moments(x[:, steps], _part(mask, steps), groups)
+        lost = lost.double()
+        mean[:, steps] = rounded.double() + lost
+        var[:, steps] = square.double() - lost.square()
     return mean, var
 
 

@@ -48,7 +48,8 @@ def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, in
     beside the whole. The others are exact.
 
     FFN hidden is what W1 and W3 give and SiLU of the one times the other; without SwiGLU what W1
-    gives and its SiLU. Without the Triton kernels the gate keeps SiLU of r too, e T a more.
+    gives and its SiLU. With neither Triton's kernels nor fused loops the gate keeps SiLU of r too,
+    e T a more.
 
     With --recompute selective the attention keeps z, v and r before SiLU, (z + 2 e) T a, in place
     of the terms from z to straddling chunks, and the FFN its input in the residual stream, S D a,
