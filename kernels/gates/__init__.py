@@ -53,7 +53,8 @@ def swiglu(hidden: Tensor) -> Tensor:
 
     Returns:
         [..., F] in hidden's type, contiguous; differentiable (once). Nothing but hidden is kept for
-        backward. In Triton and in fused loops it is computed in float32; else silu is rounded to the type.
+        backward. In Triton and in fused loops it is computed in float32; else silu is rounded to
+        the type.
 
     Raises:
         ValueError: hidden's shape or type does not fit.
