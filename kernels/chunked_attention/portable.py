@@ -39,13 +39,14 @@ def chunked_attention_portable(
     if head:
         keys = torch.cat([state.key, k[:, :head]], dim=1)
         values = torch.cat([state.value, v[:, :head]], dim=1)
-        pieces.append(_causal_attention(q[:, :head], keys, values, dropout_p))
+        given = (z[:, None] for z in (q[:, :head], keys, values))
+        pieces.append(_causal_attention(*given, dropout_p)[:, 0])
     if whole.stop > whole.start:
-        chunks = (z[:, whole].unflatten(1, (-1, chunk_size)).flatten(0, 1) for z in (q, k, v))
-        out = _causal_attention(*chunks, dropout_p)
-        pieces.append(out.unflatten(0, (batch, -1)).flatten(1, 2))
+        chunks = (z[:, whole].unflatten(1, (-1, chunk_size)) for z in (q, k, v))
+        pieces.append(_causal_attention(*chunks, dropout_p).flatten(1, 2))
     if rest or not pieces:
-        pieces.append(_causal_attention(*(z[:, whole.stop :] for z in (q, k, v)), dropout_p))
+        given = (z[:, None, whole.stop :] for z in (q, k, v))
+        pieces.append(_causal_attention(*given, dropout_p)[:, 0])
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     if not return_state:
@@ -60,15 +61,18 @@ def chunked_attention_portable(
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Attention of [batch, queries, heads, d] where the last query sees the last key."""
-    batch, _, heads, _ = q.shape
-    q, k, v = (z.transpose(1, 2).flatten(0, 1) for z in (q, k, v))
-    out = _CausalAttention.apply(q, k, v, dropout_p)
-    return out.unflatten(0, (batch, heads)).transpose(1, 2)
+    """Attention of [batch, chunks, queries, heads, d] where the last query sees the last key."""
+    if v.dtype != torch.bfloat16:
+        return _CausalAttention.apply(q, k, v, dropout_p)
+    # Products of bfloat16 copy what does not lie side by side, and each would.
+    packed = (z.transpose(2, 3).flatten(0, 2)[:, None, :, None] for z in (q, k, v))
+    out = _CausalAttention.apply(*packed, dropout_p)[:, 0, :, 0]
+    batch, chunks, _, heads, _ = q.shape
+    return out.unflatten(0, (batch, chunks, heads)).transpose(2, 3)
 
 
 class _CausalAttention(torch.autograd.Function):
-    """q [n, queries, dk], k [n, keys, dk], v [n, keys, dv]; the weights are recomputed backward."""
+    """q [batch, chunks, queries, heads, dk], k, v likewise; the weights are recomputed backward."""
 
     @staticmethod
     def forward(
@@ -78,16 +82,16 @@ class _CausalAttention(torch.autograd.Function):
         v: Tensor,
         dropout_p: float,
     ) -> Tensor:
-        out = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        queries, keys = _at_least_float32(q), _at_least_float32(k)
+        out = _like_queries(v, q)
         kept = []
-        for rows, seen in _query_blocks(q, k):
-            weights = _softmax_weights(queries[:, rows], keys[:, :seen])
-            if dropout_p > 0:
-                keep = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout_p)
-                kept.append(keep)
-                weights = _drop(weights, keep, dropout_p)
-            torch.bmm(weights.to(v.dtype), v[:, :seen], out=out[:, rows])
+        for queries, keys, values, outputs in _matrices(*_at_least_float32(q, k), v, out):
+            for rows, seen in _query_blocks(queries, keys, v.dtype):
+                weights = _softmax_weights(queries[:, rows], keys[:, :seen])
+                if dropout_p > 0:
+                    keep = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout_p)
+                    kept.append(keep)
+                    weights = _drop(weights, keep, dropout_p)
+                torch.bmm(weights.to(v.dtype), values[:, :seen], out=outputs[:, rows])
         ctx.dropout_p = dropout_p
         ctx.save_for_backward(q, k, v, *kept)
         return out
@@ -96,26 +100,50 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         q, k, v, *kept = ctx.saved_tensors
-        queries, keys = _at_least_float32(q), _at_least_float32(k)
-        grad_q, grad_k = torch.empty_like(queries), torch.empty_like(keys)
-        grad_v = torch.empty_like(v, dtype=keys.dtype)
-        # The last block sees every key: it fills what the others add to.
-        first = True
-        for block, (rows, seen) in reversed(list(enumerate(_query_blocks(q, k)))):
-            weights = _softmax_weights(queries[:, rows], keys[:, :seen])
-            grad_weights = torch.bmm(grad_out[:, rows], v[:, :seen].mT).to(weights.dtype)
-            used = weights
-            if kept:
-                used = _drop(weights, kept[block], ctx.dropout_p)
-                grad_weights = _drop(grad_weights, kept[block], ctx.dropout_p)
-            _accumulate(grad_v[:, :seen], used.to(v.dtype).mT, grad_out[:, rows], first)
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                grad_weights, weights, -1, weights.dtype
-            )
-            torch.bmm(grad_scores, keys[:, :seen], out=grad_q[:, rows])
-            _accumulate(grad_k[:, :seen], grad_scores.mT, queries[:, rows], first)
-            first = False
+        whole = *_at_least_float32(q, k), v, grad_out
+        grad_q, grad_k = (torch.empty_like(z) for z in whole[:2])
+        grad_v = torch.empty_like(v, dtype=grad_k.dtype)
+        kept.reverse()
+        for queries, keys, values, grad, *grads in _matrices(*whole, grad_q, grad_k, grad_v):
+            to_queries, to_keys, to_values = grads
+            # The last block sees every key: it fills what the others add to.
+            first = True
+            for rows, seen in reversed(list(_query_blocks(queries, keys, v.dtype))):
+                weights = _softmax_weights(queries[:, rows], keys[:, :seen])
+                grad_weights = torch.bmm(grad[:, rows], values[:, :seen].mT).to(weights.dtype)
+                used = weights
+                if kept:
+                    keep = kept.pop()
+                    used = _drop(weights, keep, ctx.dropout_p)
+                    grad_weights = _drop(grad_weights, keep, ctx.dropout_p)
+                _accumulate(to_values[:, :seen], used.to(v.dtype).mT, grad[:, rows], first)
+                grad_scores = torch.ops.aten._softmax_backward_data(
+                    grad_weights, weights, -1, weights.dtype
+                )
+                torch.bmm(grad_scores, keys[:, :seen], out=to_queries[:, rows])
+                _accumulate(to_keys[:, :seen], grad_scores.mT, queries[:, rows], first)
+                first = False
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Of [batch, chunks, length, heads, d]: views [n, length, d] that make up the whole.
+
+    Products take no two dimensions of matrices without a copy, so batch or chunks are gone through.
+    """
+    batch, chunks, _, heads, _ = tensors[0].shape
+    for head in range(heads):
+        if chunks == 1:
+            yield [z[:, 0, :, head] for z in tensors]
+        else:
+            yield from ([z[row, :, :, head] for z in tensors] for row in range(batch))
+
+
+def _like_queries(v: Tensor, q: Tensor) -> Tensor:
+    """Room for the result, in v's order of memory where it has v's shape."""
+    if v.shape[2] == q.shape[2]:
+        return torch.empty_like(v)
+    return v.new_empty(*q.shape[:4], v.shape[4])
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -130,14 +158,14 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total += torch.bmm(a, b)
 
 
-def _at_least_float32(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    return [z if z.dtype == torch.float64 else z.float() for z in tensors]
 
 
-def _query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
+def _query_blocks(q: Tensor, k: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int]]:
     """Rows of queries, and how many keys the last of them sees."""
     length, before = q.shape[1], k.shape[1] - q.shape[1]
-    size = QUERY_BLOCK * (2 if q.dtype == torch.bfloat16 else 1)
+    size = QUERY_BLOCK * (2 if dtype == torch.bfloat16 else 1)
     for start in range(0, length, size):
         stop = min(start + size, length)
         yield slice(start, stop), before + stop
