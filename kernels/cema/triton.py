@@ -1,42 +1,59 @@
 """CEMA in Triton: the block scan of `portable`, with T = 16 steps a block, on tensor cores.
 
-Time is cut into segments of at most SEGMENT blocks; a (batch row, segment) is a lane, and a
-program walks LANES lanes at once for CHANNELS channels. Per block and channel, with x [T, lanes]
-and the states h [N, lanes] (real and imaginary parts apart),
+A program walks the time of a batch row for CHANNELS channels, in tiles of M blocks: 16, or 8 of
+float32. With x [T, M] of a channel's tile and h [N, M] the states before its blocks (real and
+imaginary parts apart),
 
-    y = K x + R h,   h = q^T h + W x
+    y = K x + R h,   s = W x,   h_(m+1) = q^T h_m + s_m
 
-which are batched 16 x 16 x 16 products; the states stay in registers. A first walk gives what
-every segment adds to a zero state, a scan over the segments in float64 gives the state each of
-them starts with, and a second walk gives y. So x is read twice and y written once; what else moves
-is 2N numbers a segment and channel, and the maps K, R, W.
+The products are batched over channels; the recurrence over a tile's blocks is a scan in registers,
+and only the state after a tile is carried on. So x is read once and y written once, and where a
+gradient will be asked for, the state before every tile is kept: at N = 16 a quarter of x's bytes.
 
-Backward is the same walk over the gradients with the maps transposed and time reversed; it also
-sums the gradient of W, which needs x and the gradient of the states. The gradients of K and R need
-the states, so another walk goes forward. It carries u = dh/d(q^T) too, u = q^T u + h, and so finds
-the gradient of q^T without the states' gradients at hand. The maps' gradients are summed over the
-programs in a fixed order, and torch carries them on to the parameters.
+Backward walks the tiles once, in reverse. The gradients g of the states after the blocks come by
+the same scan with time reversed, from the kept state the block states h come anew, and with both
+at hand everything is a product: grad_x = K^T grad_y + W^T g, and for the maps grad_y x^T,
+grad_y h^T, g x^T and g conj(h), which are summed in registers and contracted to the parameters'
+gradients at the end.
+
+Where channels and batch are fewer than PROGRAMS programs, time is cut into segments, and a first
+walk gives what every segment adds to the state that it starts with: forward reads x twice then, and
+backward grad_y. All sums are taken in a fixed order, without atomics.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dispatch import on_device_of
-from .portable import _recurrence, block_map, cema_portable, coefficients, powers
+from .block_triton import (
+    block_map,
+    block_map_gradient,
+    halves,
+    load_channels,
+    load_pair,
+    places,
+    power,
+    product,
+    scan,
+    store_pair,
+    times,
+    transposed,
+)
+from .portable import cema_portable, coefficients, powers
 
+# Steps in a block.
 BLOCK = 16
-LANES = 16
+# Bytes of a channel in a tile; longer ones do not fit in registers.
+TILE = 512
 CHANNELS = 8
-# Blocks in a segment at most: q^T is applied in float32 within one.
-SEGMENT = 64
-# Programs that keep a card busy; with fewer, segments are made shorter.
-PROGRAMS = 512
+# Programs that keep a card busy; with fewer, time is cut into segments.
+PROGRAMS = 128
 
 
 def cema_triton(
@@ -50,265 +67,167 @@ def cema_triton(
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Same arguments and results as `cema`, unchecked."""
-    params = (alpha, delta, theta, gamma, omega)
-    batch, length, channels = x.shape
-    whole = length - length % BLOCK
-    if whole == 0 or batch == 0 or channels == 0:
-        return cema_portable(x, *params, state, return_state)
-    if state is None:
-        state = torch.zeros(batch, channels, alpha.shape[1], dtype=torch.complex64, device=x.device)
+    if not x.numel():
+        return cema_portable(x, alpha, delta, theta, gamma, omega, state, return_state)
     with torch.autocast(x.device.type, enabled=False):
-        if whole == length:
-            y, end = _Cema.apply(x, *params, state, return_state)
-            return y, end
-        # The few steps that fill no block, one at a time.
-        y, end = _Cema.apply(x[:, :whole], *params, state, True)
-        y_rest, end = _recurrence(x[:, whole:], *params, end)
-        return torch.cat([y, y_rest], dim=1), end if return_state else None
+        given = (x, *coefficients(alpha, delta, theta), gamma, omega, state)
+        differentiable = torch.is_grad_enabled() and any(
+            z is not None and z.requires_grad for z in given
+        )
+        return _Cema.apply(*given, return_state, differentiable)
 
 
-class _Maps(NamedTuple):
-    """What a walk multiplies by, float32 and contiguous, N padded to a power of two.
+class Cut(NamedTuple):
+    """How [batch, length, D] is cut: `segments` a row, of `segment` tiles each but the last.
 
-    within: [D, T, T]; write, twice [D, N, T]; read, twice [D, T, N]; turn: q^T as real and
-    imaginary part, then what float32 lost of them, [4, D, N].
+    A tile has `blocks` blocks.
     """
 
-    within: Tensor
-    write_real: Tensor
-    write_imag: Tensor
-    read_real: Tensor
-    read_imag: Tensor
-    turn: Tensor
-
-    @classmethod
-    def of(cls, block_map: Tensor, q_block: Tensor, padded: int) -> "_Maps":
-        within = block_map[:, :BLOCK, :BLOCK].contiguous()
-        missing = padded - q_block.shape[1]
-        write = F.pad(block_map[:, BLOCK:, :BLOCK], (0, 0, 0, 2 * missing))
-        read = F.pad(block_map[:, :BLOCK, BLOCK:], (0, 2 * missing))
-        exact = F.pad(torch.stack([q_block.real, q_block.imag]), (0, missing))
-        high = exact.float()
-        turn = torch.cat([high, (exact - high).float()])
-        parts = (write[:, 0::2], write[:, 1::2], read[..., 0::2], read[..., 1::2])
-        return cls(within, *(part.contiguous() for part in parts), turn)
-
-    def transposed(self) -> "_Maps":
-        """The maps that carry gradients back."""
-        within, *parts = (part.mT.contiguous() for part in self[:5])
-        write_real, write_imag, read_real, read_imag = parts
-        turn = self.turn * self.turn.new_tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
-        return _Maps(within, read_real, read_imag, write_real, write_imag, turn)
-
-
-class Walk(NamedTuple):
-    """How [batch, length, D] is cut: `segments` a row, each of `segment` blocks but the last."""
-
     batch: int
+    length: int
     channels: int
-    padded: int
+    ndim: int
     blocks: int
     segment: int
     segments: int
 
     @classmethod
-    def of(cls, x: Tensor, ndim: int) -> "Walk":
+    def of(cls, x: Tensor, ndim: int) -> "Cut":
         batch, length, channels = x.shape
-        blocks = length // BLOCK
-        lanes = LANES * max(1, PROGRAMS // triton.cdiv(channels, CHANNELS))
-        segment = max(1, min(SEGMENT, batch * blocks // lanes))
-        padded = max(16, triton.next_power_of_2(ndim))
-        return cls(batch, channels, padded, blocks, segment, triton.cdiv(blocks, segment))
+        blocks = TILE // BLOCK // x.element_size()
+        tiles = triton.cdiv(length, BLOCK * blocks)
+        wanted = triton.cdiv(PROGRAMS, batch * triton.cdiv(channels, CHANNELS))
+        segment = triton.cdiv(tiles, min(tiles, wanted))
+        return cls(batch, length, channels, ndim, blocks, segment, triton.cdiv(tiles, segment))
 
     @property
-    def lanes(self) -> int:
-        return self.batch * self.segments
+    def tiles(self) -> int:
+        """Tiles of a row."""
+        return triton.cdiv(self.length, BLOCK * self.blocks)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.channels, CHANNELS), triton.cdiv(self.lanes, LANES)
+    def tail(self) -> int:
+        """Steps after the last whole block."""
+        return self.length % BLOCK
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The kernels' sizes."""
+        return self.channels, self.length, self.segment, self.segments
+
+    def grid(self, segments: int) -> tuple[int, int, int]:
+        return triton.cdiv(self.channels, CHANNELS), segments, self.batch
 
     def constants(self) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
         exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "T": BLOCK,
-            "N": self.padded,
+            "M": self.blocks,
+            "N": self.ndim,
+            "NP": max(16, triton.next_power_of_2(self.ndim)),
             "DC": CHANNELS,
-            "M": LANES,
-            "PRECISION": "tf32x3" if exact else "tf32",
+            "EXACT": exact,
             "num_warps": CHANNELS,
         }
 
-    def states(self, x: Tensor, parts: int) -> Tensor:
-        """Room for a state (2 parts) and its derivative (2 more) of every lane."""
-        shape = (parts, self.lanes, self.channels, self.padded)
-        return torch.empty(shape, dtype=torch.float32, device=x.device)
+    def states(self, like: Tensor, *shape: int) -> Tensor:
+        """Room for complex states [batch, *shape, D, N]."""
+        shape = (self.batch, *shape, self.channels, self.ndim, 2)
+        return torch.empty(shape, dtype=torch.float32, device=like.device)
 
-    def pairs(self, state: Tensor) -> Tensor:
-        """Complex [batch, D, N] as float32 [2, batch, D, padded]."""
-        parts = torch.stack([state.real, state.imag]).float()
-        return F.pad(parts, (0, self.padded - state.shape[-1]))
-
-    def walk(
-        self,
-        x: Tensor,
-        maps: _Maps,
-        starts: Tensor | None,
-        ends: Tensor | None = None,
-        y: Tensor | None = None,
-        other: Tensor | None = None,
-        partial: Tensor | None = None,
-        reverse: bool = False,
-    ) -> None:
-        """Launch walk_kernel; without starts the lanes start at zero. See there."""
-        out, other_x = x if y is None else y, x if other is None else other
-        derivative = ends is not None and ends.shape[0] == 4
-        walk_kernel[self.grid](
-            *(x, out, other_x, *maps),
-            *(maps.turn if starts is None else starts, maps.turn if ends is None else ends),
-            maps.turn if partial is None else partial,
-            *(self.channels, self.lanes, self.segments, self.segment, self.blocks),
-            *(*x.stride()[:2], *out.stride()[:2], *other_x.stride()[:2]),
-            **self.constants(),
-            REVERSE=reverse,
-            STARTS=starts is not None,
-            ENDS=ends is not None,
-            DERIVATIVE=derivative,
-            OUTPUT=y is not None,
-            GRADIENT=partial is not None,
-        )
-
-    def scan(self, ends: Tensor, first: Tensor, q: tuple[Tensor, Tensor], reverse: bool) -> Tensor:
-        """Turn what each segment adds into the states they start with, in place.
-
-        q: (q^T)^m and m (q^T)^(m-1) as float64 [4, D, N], for a segment of the usual length and
-        for the last one. Returns what is there after all: [parts, batch, D, N].
-        """
-        parts = ends.shape[0]
-        shape = (parts, self.batch, self.channels, self.padded)
-        last = torch.empty(shape, dtype=torch.float32, device=ends.device)
-        block = 32
-        scan_kernel[(triton.cdiv(self.channels, block), self.batch)](
-            *(ends, first, last, *q, self.channels, self.segments, self.lanes, self.batch),
-            N=self.padded,
-            DC=block,
-            REVERSE=reverse,
-            DERIVATIVE=parts == 4,
-            num_warps=4,
-        )
-        return last
-
-    def turns(self, log_magnitude: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-        """For `scan`, from the results of `coefficients`."""
-        tables = []
-        for count in (self.segment, self.blocks - (self.segments - 1) * self.segment):
-            exponents = torch.tensor([count, count - 1], device=turns.device) * BLOCK
-            whole, less = powers(log_magnitude, turns, exponents, torch.float64).unbind(1)
-            less = count * less
-            table = torch.stack([whole.real, whole.imag, less.real, less.imag])
-            tables.append(F.pad(table, (0, self.padded - table.shape[-1])))
-        return tables[0], tables[1]
+    def sums(
+        self, x: Tensor, maps: tuple[Tensor, ...], end: Tensor | None, reverse: bool
+    ) -> Tensor:
+        """What each segment but the last one walked adds to its state; see `sums_kernel`."""
+        sums = self.states(x, self.segments - 1)
+        if self.segments > 1:
+            sums_kernel[self.grid(self.segments - 1)](
+                *(x, *maps, end, sums, *self.sizes, *x.stride()[:2]),
+                **self.constants(),
+                REVERSE=reverse,
+            )
+        return sums
 
 
 class _Cema(torch.autograd.Function):
+    """cema as a function of what `coefficients` gives, gamma, omega and the state."""
+
     @staticmethod
-    def forward(ctx, x, alpha, delta, theta, gamma, omega, state, return_state):  # noqa: ANN001, ANN205
-        x = _rows(x)
-        ctx.save_for_backward(x, alpha, delta, theta, gamma, omega, state)
-        ctx.return_state = return_state
-        walk = Walk.of(x, alpha.shape[1])
+    def forward(  # noqa: ANN205
+        ctx,  # noqa: ANN001
+        x,  # noqa: ANN001
+        p,  # noqa: ANN001
+        log_magnitude,  # noqa: ANN001
+        turns,  # noqa: ANN001
+        gamma,  # noqa: ANN001
+        omega,  # noqa: ANN001
+        state,  # noqa: ANN001
+        return_state,  # noqa: ANN001
+        differentiable,  # noqa: ANN001
+    ):
+        x, first = _rows(x), _pairs(state)
+        cut = Cut.of(x, p.shape[1])
+        q = torch.view_as_real(torch.polar(log_magnitude.exp(), 2 * math.pi * turns))
+        maps = (p, q, gamma.contiguous(), omega.contiguous())
+        y = torch.empty_like(x)
+        kept = cut.states(x, cut.tiles) if differentiable else None
+        whole = cut.states(x) if return_state else None
         with on_device_of(x):
-            block_map, q_block, log_magnitude, turns = _build(alpha, delta, theta, gamma, omega)
-            maps = _Maps.of(block_map, q_block, walk.padded)
-            states = walk.states(x, 2)
-            walk.walk(x, maps, None, ends=states)
-            tables = walk.turns(log_magnitude, turns)
-            end = walk.scan(states, walk.pairs(state), tables, reverse=False)
-            y = torch.empty_like(x)
-            walk.walk(x, maps, states, y=y)
-        return y, _complex(end, alpha.shape[1]) if return_state else None
+            sums = cut.sums(x, maps, None, reverse=False)
+            forward_kernel[cut.grid(cut.segments)](
+                *(x, *maps, first, sums, y, kept, whole, *cut.sizes),
+                *(*x.stride()[:2], *y.stride()[:2]),
+                **cut.constants(),
+            )
+        whole = torch.view_as_complex(whole) if return_state else None
+        ctx.save_for_backward(x, p, log_magnitude, turns, q, *maps[2:], kept, whole)
+        ctx.cut, ctx.with_state = cut, state is not None
+        if not return_state or not cut.tail:
+            return y, whole
+        return y, _after(whole, x[:, -cut.tail :], p, log_magnitude, turns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_end):  # noqa: ANN001, ANN205
-        x, *params, state = ctx.saved_tensors
-        ndim = state.shape[-1]
-        grad_y = _rows(grad_y)
-        walk = Walk.of(x, ndim)
+        x, p, log_magnitude, turns, q, gamma, omega, kept, whole = ctx.saved_tensors
+        cut, maps = ctx.cut, (p, q, gamma, omega)
+        grad_y, tail, through_end = _rows(grad_y), None, (0, 0, 0)
         with on_device_of(x), torch.autocast(x.device.type, enabled=False):
-            leaves = [a.detach().requires_grad_() for a in params]
-            with torch.enable_grad():
-                block_map, q_block, log_magnitude, turns = _build(*leaves)
-            with torch.no_grad():
-                maps = _Maps.of(block_map.detach(), q_block, walk.padded)
-                tables = walk.turns(log_magnitude, turns)
-            if not ctx.return_state:
-                grad_end = torch.zeros_like(state)
-            grad_end = walk.pairs(grad_end.resolve_conj())
-
-            back = maps.transposed()
-            gradients = walk.states(x, 2)
-            walk.walk(grad_y, back, None, ends=gradients, reverse=True)
-            conjugate = [t * t.new_tensor([1.0, -1, 1, -1])[:, None, None] for t in tables]
-            grad_state = walk.scan(gradients, grad_end, tuple(conjugate), reverse=True)
+            if whole is not None and cut.tail:
+                given = (whole, x[:, -cut.tail :].float(), p, log_magnitude, turns)
+                leaves = [z.detach().requires_grad_() for z in given]
+                with torch.enable_grad():
+                    end = _after(*leaves)
+                grad_end, tail, *through_end = torch.autograd.grad(end, leaves, grad_end)
+                tail = tail.contiguous()
+            end = _pairs(grad_end) if whole is not None else None
             grad_x = torch.empty_like(x)
-            programs = walk.grid[1]
-            shape = (programs, walk.channels)
-            # In the order write (real, imaginary), within, read (real, imaginary), q^T.
-            t, n = BLOCK, walk.padded
-            sums = [torch.empty(*shape, k, device=x.device) for k in (2 * n * t, t * t + 2 * t * n)]
-            sums.append(torch.empty(*shape, 2 * n, device=x.device))
-            walk.walk(grad_y, back, gradients, y=grad_x, other=x, partial=sums[0], reverse=True)
-
-            states = walk.states(x, 4)
-            walk.walk(x, maps, None, ends=states)
-            first = torch.cat([walk.pairs(state), torch.zeros_like(grad_end)])
-            end = walk.scan(states, first, tables, reverse=False)
-            gradient_kernel[walk.grid](
-                *(x, grad_y, *maps[1:], states, sums[1], sums[2]),
-                *(walk.channels, walk.lanes, walk.segments, walk.segment, walk.blocks),
-                *(*x.stride()[:2], *grad_y.stride()[:2]),
-                **walk.constants(),
-                # More tiles on their way would not fit the registers.
-                num_stages=2,
+            grad_state = cut.states(x) if ctx.with_state else None
+            shape = (cut.batch, cut.segments, cut.channels, 5 * cut.ndim + 1)
+            partial = torch.empty(shape, dtype=torch.float64, device=x.device)
+            sums = cut.sums(grad_y, maps, end, reverse=True)
+            # More stages would prefetch the kept states alone, in registers that it has not.
+            backward_kernel[cut.grid(cut.segments)](
+                *(x, grad_y, *maps, kept, end, tail, sums, grad_x, grad_state, partial),
+                *(*cut.sizes, *x.stride()[:2], *grad_y.stride()[:2], *grad_x.stride()[:2]),
+                **cut.constants(),
+                num_stages=1,
             )
-            write, rest, turn = (part.sum(0) for part in sums)
-            # The end state's share: it holds dq^T times the derivative.
-            u = torch.complex(end[2], end[3])
-            through_end = (torch.complex(*grad_end) * u.conj()).sum(0)
-            turn = turn.unflatten(1, (2, n)) + torch.view_as_real(through_end).mT
-            grad_map = _join(write, rest, turn, ndim)
-            grads = torch.autograd.grad(block_map, leaves, grad_map)
-        return grad_x, *grads, _complex(grad_state, ndim), None
+            total = partial.sum((0, 1))
+        grads = [z + more for z, more in zip(total.split(cut.ndim, 1), through_end, strict=False)]
+        grad_gamma = total[:, 3 * cut.ndim : -1].unflatten(1, (-1, 2)).to(gamma.dtype)
+        grad_omega = total[:, -1:].to(omega.dtype)
+        grad_state = torch.view_as_complex(grad_state) if ctx.with_state else None
+        return grad_x, *grads, grad_gamma, grad_omega, grad_state, None, None
 
 
-def _build(
-    alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The map of a block [D, T+2N, T+2N], q^T in double, and log|q| and phase of q."""
-    p, log_magnitude, turns = coefficients(alpha, delta, theta)
-    whole = block_map(p, log_magnitude, turns, gamma, omega, BLOCK)
-    log_magnitude, turns = log_magnitude.detach(), turns.detach()
-    steps = torch.tensor([BLOCK], device=alpha.device)
-    q_block = powers(log_magnitude, turns, steps, torch.float64)[:, 0]
-    return whole, q_block, log_magnitude, turns
-
-
-def _join(write: Tensor, rest: Tensor, turn: Tensor, ndim: int) -> Tensor:
-    """The gradient of the map of a block from those of its parts."""
-    t = BLOCK
-    channels, n = write.shape[0], write.shape[1] // (2 * t)
-    grad = write.new_zeros(channels, t + 2 * ndim, t + 2 * ndim)
-    grad[:, :t, :t] = rest[:, : t * t].view(channels, t, t)
-    read = rest[:, t * t :].view(channels, 2, t, n)[..., :ndim]
-    grad[:, :t, t:] = read.permute(0, 2, 3, 1).flatten(2)
-    grad[:, t:, :t] = write.view(channels, 2, n, t)[:, :, :ndim].transpose(1, 2).flatten(1, 2)
-    # Multiplication by q^T = a + ib stands there as [[a, -b], [b, a]]: one place each will do.
-    real = torch.arange(t, t + 2 * ndim, 2, device=grad.device)
-    grad[:, real, real] = turn[:, 0, :ndim]
-    grad[:, real + 1, real] = turn[:, 1, :ndim]
-    return grad
+def _after(state: Tensor, x: Tensor, p: Tensor, log_magnitude: Tensor, turns: Tensor) -> Tensor:
+    """The state after the few steps x that fill no block."""
+    exponents = torch.arange(x.shape[1], -1, -1, device=x.device)
+    q = powers(log_magnitude, turns, exponents)
+    write = p[:, None].float() * q[:, 1:]
+    return q[:, 0] * state + torch.einsum("btd,dtn->bdn", x.to(q.dtype), write)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -316,297 +235,340 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) > 0 else x.contiguous()
 
 
-def _complex(parts: Tensor, ndim: int) -> Tensor:
-    return torch.complex(parts[0, ..., :ndim], parts[1, ..., :ndim])
+def _pairs(state: Tensor | None) -> Tensor | None:
+    """Complex [...] as contiguous float32 [..., 2]."""
+    return None if state is None else torch.view_as_real(state.resolve_conj().contiguous())
 
 
 @triton.jit
-def _steps(x_ptr, lane, block, there, d, x_batch, x_step, segments, T: tl.constexpr):  # noqa: ANN001, ANN202
-    """Pointers to a block of each lane, [DC, T, M]."""
-    first = (lane // segments).to(tl.int64) * x_batch + block.to(tl.int64) * T * x_step
-    i = tl.arange(0, T).to(tl.int64)
-    return x_ptr + d[:, None, None] + (i * x_step)[None, :, None] + first[None, None]
+def _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT: tl.constexpr):  # noqa: ANN001, ANN202
+    """Steps [T, M] of each channel as a factor [DC, T, M], zeros where there are none."""
+    inside = (d < D)[:, None, None] & (step < length)[None]
+    at = x_ptr + row * x_batch + (step.to(tl.int64) * x_step)[None] + d[:, None, None]
+    x = tl.load(at, mask=inside, other=0.0)
+    # TF32 holds a bfloat16.
+    return halves(x.to(tl.float32), EXACT and x.dtype == tl.float32)
 
 
 @triton.jit
-def _matrix(pointer, d, D, A: tl.constexpr, B: tl.constexpr):  # noqa: ANN001, ANN202
-    """One of the maps, [DC, A, B]."""
-    at = (
-        d[:, None, None] * (A * B)
-        + tl.arange(0, A)[None, :, None] * B
-        + tl.arange(0, B)[None, None]
-    )
-    return tl.load(pointer + at, mask=(d < D)[:, None, None], other=0.0)
+def _store(y_ptr, y, row, step, d, length, D, y_batch, y_step):  # noqa: ANN001, ANN202
+    inside = (d < D)[:, None, None] & (step < length)[None]
+    at = y_ptr + row * y_batch + (step.to(tl.int64) * y_step)[None] + d[:, None, None]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _turned(real, imag, a, b, a_low, b_low):  # noqa: ANN001, ANN202
-    """(a + ib) times a state, with what a and b lost to rounding."""
-    turned_real = a * real - b * imag + (a_low * real - b_low * imag)
-    return turned_real, a * imag + b * real + (a_low * imag + b_low * real)
+def _carried(real, imag, a, b, sum_real, sum_imag):  # noqa: ANN001, ANN202
+    """The state after a tile: a + ib, float64, times the one before, and what the tile adds.
+
+    In float32, with what a and b lose there: a rounded factor would compound over the tiles.
+    """
+    a_high, b_high = a.to(tl.float32), b.to(tl.float32)
+    low_real, low_imag = times((a - a_high).to(tl.float32), (b - b_high).to(tl.float32), real, imag)
+    real, imag = times(a_high, b_high, real, imag)
+    return real + (low_real + sum_real), imag + (low_imag + sum_imag)
 
 
 @triton.jit
-def walk_kernel(
+def _with_end(real, imag, end, at, here, block, M: tl.constexpr):  # noqa: ANN001, ANN202
+    """Gradients of the states before a tile's blocks [DC, N, M], with the end state's at `block`.
+
+    `end` (or None) is the gradient of the state before that block, which the last tile alone has.
+    """
+    if end is not None:
+        if block < M:
+            more_real, more_imag = load_pair(end, at, here)
+            there = (tl.arange(0, M) == block)[None, None]
+            real += tl.where(there, more_real[:, :, None], 0.0)
+            imag += tl.where(there, more_imag[:, :, None], 0.0)
+    return real, imag
+
+
+@triton.jit
+def sums_kernel(
     x_ptr,  # noqa: ANN001
-    y_ptr,  # noqa: ANN001
-    other_ptr,  # noqa: ANN001
-    within_ptr,  # noqa: ANN001
-    write_real_ptr,  # noqa: ANN001
-    write_imag_ptr,  # noqa: ANN001
-    read_real_ptr,  # noqa: ANN001
-    read_imag_ptr,  # noqa: ANN001
-    turn_ptr,  # noqa: ANN001
-    starts,  # noqa: ANN001
-    ends,  # noqa: ANN001
-    partial,  # noqa: ANN001
+    p_ptr,  # noqa: ANN001
+    q_ptr,  # noqa: ANN001
+    gamma_ptr,  # noqa: ANN001
+    omega_ptr,  # noqa: ANN001
+    end,  # noqa: ANN001
+    sums,  # noqa: ANN001
     D,  # noqa: ANN001
-    lanes,  # noqa: ANN001
-    segments,  # noqa: ANN001
+    length,  # noqa: ANN001
     segment,  # noqa: ANN001
-    blocks,  # noqa: ANN001
+    segments,  # noqa: ANN001
+    x_batch,  # noqa: ANN001
+    x_step,  # noqa: ANN001
+    T: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    DC: tl.constexpr,
+    EXACT: tl.constexpr,
+    REVERSE: tl.constexpr,
+) -> None:
+    """What each segment adds to the state, to sums [batch, segments - 1, D, N]: all but the last.
+
+    REVERSE: x is the gradient of y, and the sums are those of the gradient of the state, in all
+    segments but the first. end: see _with_end.
+    """
+    d = tl.program_id(0) * DC + tl.arange(0, DC)
+    row = tl.program_id(2).to(tl.int64)
+    channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
+    _within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
+    here, at = places(d, D, N, NP)
+    real = tl.zeros([DC, NP], tl.float32)
+    imag = tl.zeros([DC, NP], tl.float32)
+    tiles = tl.cdiv(length, T * M)
+    first = tl.program_id(1) * segment
+    if REVERSE:
+        first += segment
+        b = -b
+        if end is not None:
+            whole = length == tiles * (T * M)
+            real, imag = load_pair(end, row * D * N + at, here & whole & (first + segment >= tiles))
+    tile_a, tile_b = power(a, b, M)
+    if REVERSE:
+        w_real, w_imag = r_real, r_imag
+    w_real, w_imag = halves(w_real, EXACT), halves(w_imag, EXACT)
+    zero = tl.zeros([DC, NP, M], tl.float32)
+    m = tl.arange(0, M)
+    t = tl.arange(0, T)
+    count = tl.minimum(segment, tiles - first)
+    for j in range(0, count):
+        if REVERSE:
+            tile = first + count - 1 - j
+        else:
+            tile = first + j
+        step = tile * (T * M) + m[None] * T + t[:, None]
+        x = _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT)
+        s_real = product(w_real, x, zero)
+        s_imag = product(w_imag, x, zero)
+        if REVERSE:
+            block = length // T - tile * M
+            s_real, s_imag = _with_end(s_real, s_imag, end, row * D * N + at, here, block, M)
+        _real, _imag, s_real, s_imag = scan(s_real, s_imag, real, imag, a, b, M, REVERSE)
+        real, imag = _carried(real, imag, tile_a, tile_b, s_real, s_imag)
+    to = (row * (segments - 1) + tl.program_id(1)) * D * N + at
+    store_pair(sums, to, real, imag, here)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,  # noqa: ANN001
+    p_ptr,  # noqa: ANN001
+    q_ptr,  # noqa: ANN001
+    gamma_ptr,  # noqa: ANN001
+    omega_ptr,  # noqa: ANN001
+    start,  # noqa: ANN001
+    sums,  # noqa: ANN001
+    y_ptr,  # noqa: ANN001
+    kept,  # noqa: ANN001
+    end,  # noqa: ANN001
+    D,  # noqa: ANN001
+    length,  # noqa: ANN001
+    segment,  # noqa: ANN001
+    segments,  # noqa: ANN001
     x_batch,  # noqa: ANN001
     x_step,  # noqa: ANN001
     y_batch,  # noqa: ANN001
     y_step,  # noqa: ANN001
-    other_batch,  # noqa: ANN001
-    other_step,  # noqa: ANN001
     T: tl.constexpr,
-    N: tl.constexpr,
-    DC: tl.constexpr,
     M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    REVERSE: tl.constexpr,
-    STARTS: tl.constexpr,
-    ENDS: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    OUTPUT: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    DC: tl.constexpr,
+    EXACT: tl.constexpr,
 ) -> None:
-    """Walk M lanes' segments; OUTPUT gives y, ENDS the state after (with dh/dq^T: DERIVATIVE).
+    """y of a segment, the state before each tile to `kept`, and that after the last whole block.
 
-    GRADIENT, for a walk over gradients, sums those of write: state times `other` (the inputs).
+    start, kept and end may be None; kept: [batch, tiles, D, N].
     """
     d = tl.program_id(0) * DC + tl.arange(0, DC)
-    lane = tl.program_id(1) * M + tl.arange(0, M)
-    n = tl.arange(0, N)
-    there = (d < D)[:, None, None] & (lane < lanes)[None, None]
-    at_state = lane.to(tl.int64)[None, None] * (D * N) + d[:, None, None] * N + n[None, :, None]
-    part = lanes * tl.cast(D * N, tl.int64)
-    at_turn = d[:, None, None] * N + n[None, :, None]
-    a = tl.load(turn_ptr + at_turn, mask=(d < D)[:, None, None], other=0.0)
-    b = tl.load(turn_ptr + D * N + at_turn, mask=(d < D)[:, None, None], other=0.0)
-    a_low = tl.load(turn_ptr + 2 * D * N + at_turn, mask=(d < D)[:, None, None], other=0.0)
-    b_low = tl.load(turn_ptr + 3 * D * N + at_turn, mask=(d < D)[:, None, None], other=0.0)
-    write_real = _matrix(write_real_ptr, d, D, N, T)
-    write_imag = _matrix(write_imag_ptr, d, D, N, T)
-    if OUTPUT:
-        within = _matrix(within_ptr, d, D, T, T)
-        read_real = _matrix(read_real_ptr, d, D, T, N)
-        read_imag = _matrix(read_imag_ptr, d, D, T, N)
-    if STARTS:
-        real = tl.load(starts + at_state, mask=there, other=0.0)
-        imag = tl.load(starts + part + at_state, mask=there, other=0.0)
-    else:
-        real = tl.zeros([DC, N, M], tl.float32)
-        imag = tl.zeros([DC, N, M], tl.float32)
-    if DERIVATIVE:
-        u_real = tl.zeros([DC, N, M], tl.float32)
-        u_imag = tl.zeros([DC, N, M], tl.float32)
-    if GRADIENT:
-        grad_real = tl.zeros([DC, N, T], tl.float32)
-        grad_imag = tl.zeros([DC, N, T], tl.float32)
+    row = tl.program_id(2).to(tl.int64)
+    channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
+    within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
+    within, w_real, w_imag = halves(within, EXACT), halves(w_real, EXACT), halves(w_imag, EXACT)
+    r_real, r_imag = transposed(halves(r_real, EXACT)), transposed(halves(r_imag, EXACT))
+    zero = tl.zeros([DC, NP, M], tl.float32)
+    tile_a, tile_b = power(a, b, M)
+    here, at = places(d, D, N, NP)
 
-    first = (lane % segments) * segment
-    count = tl.minimum(segment, blocks - first)
-    for j in range(0, segment):
-        if REVERSE:
-            block = first + count - 1 - j
-        else:
-            block = first + j
-        valid = there & (j < count)[None, None]
-        at = _steps(x_ptr, lane, block, valid, d, x_batch, x_step, segments, T)
-        x = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        if OUTPUT:
-            y = tl.dot(within, x, input_precision=PRECISION)
-            y = tl.dot(read_real, real, y, input_precision=PRECISION)
-            y = tl.dot(read_imag, imag, y, input_precision=PRECISION)
-            at = _steps(y_ptr, lane, block, valid, d, y_batch, y_step, segments, T)
-            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=valid)
-        if GRADIENT:
-            at = _steps(other_ptr, lane, block, valid, d, other_batch, other_step, segments, T)
-            other = tl.permute(tl.load(at, mask=valid, other=0.0).to(tl.float32), (0, 2, 1))
-            grad_real = tl.dot(real, other, grad_real, input_precision=PRECISION)
-            grad_imag = tl.dot(imag, other, grad_imag, input_precision=PRECISION)
-        if DERIVATIVE:
-            next_real, next_imag = _turned(u_real, u_imag, a, b, a_low, b_low)
-            u_real = tl.where(valid, next_real + real, u_real)
-            u_imag = tl.where(valid, next_imag + imag, u_imag)
-        next_real, next_imag = _turned(real, imag, a, b, a_low, b_low)
-        next_real = tl.dot(write_real, x, next_real, input_precision=PRECISION)
-        next_imag = tl.dot(write_imag, x, next_imag, input_precision=PRECISION)
-        real = tl.where(valid, next_real, real)
-        imag = tl.where(valid, next_imag, imag)
+    # The state that the segment starts with.
+    real = tl.zeros([DC, NP], tl.float64)
+    imag = tl.zeros([DC, NP], tl.float64)
+    if start is not None:
+        start_real, start_imag = load_pair(start, row * D * N + at, here)
+        real, imag = start_real.to(tl.float64), start_imag.to(tl.float64)
+    segment_a, segment_b = power(tile_a, tile_b, segment)
+    for before in range(0, tl.program_id(1)):
+        real, imag = times(real, imag, segment_a, segment_b)
+        more = (row * (segments - 1) + before) * D * N + at
+        more_real, more_imag = load_pair(sums, more, here)
+        real, imag = real + more_real, imag + more_imag
+    real, imag = real.to(tl.float32), imag.to(tl.float32)
 
-    if ENDS:
-        tl.store(ends + at_state, real, mask=there)
-        tl.store(ends + part + at_state, imag, mask=there)
-    if DERIVATIVE:
-        tl.store(ends + 2 * part + at_state, u_real, mask=there)
-        tl.store(ends + 3 * part + at_state, u_imag, mask=there)
-    if GRADIENT:
-        to = partial + tl.program_id(1).to(tl.int64) * D * (2 * N * T)
-        at = d[:, None, None] * (2 * N * T) + n[None, :, None] * T + tl.arange(0, T)[None, None]
-        tl.store(to + at, grad_real, mask=(d < D)[:, None, None])
-        tl.store(to + N * T + at, grad_imag, mask=(d < D)[:, None, None])
+    m = tl.arange(0, M)
+    t = tl.arange(0, T)
+    tiles = tl.cdiv(length, T * M)
+    first = tl.program_id(1) * segment
+    for tile in range(first, tl.minimum(first + segment, tiles)):
+        step = tile * (T * M) + m[None] * T + t[:, None]
+        x = _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT)
+        if kept is not None:
+            store_pair(kept, (row * tiles + tile) * D * N + at, real, imag, here)
+        s_real = product(w_real, x, zero)
+        s_imag = product(w_imag, x, zero)
+        h_real, h_imag, s_real, s_imag = scan(s_real, s_imag, real, imag, a, b, M, False)
+        real, imag = _carried(real, imag, tile_a, tile_b, s_real, s_imag)
+        y = product(within, x, tl.zeros([DC, T, M], tl.float32))
+        y = product(r_real, halves(h_real, EXACT), y)
+        y = product(r_imag, halves(h_imag, EXACT), y)
+        _store(y_ptr, y, row, step, d, length, D, y_batch, y_step)
+        if end is not None:
+            if tile == tiles - 1:
+                block = length // T - tile * M
+                there = (m == block)[None, None]
+                end_real = tl.sum(tl.where(there, h_real, 0.0), 2)
+                end_imag = tl.sum(tl.where(there, h_imag, 0.0), 2)
+                end_real = tl.where(block == M, real, end_real)
+                end_imag = tl.where(block == M, imag, end_imag)
+                store_pair(end, row * D * N + at, end_real, end_imag, here)
 
 
 @triton.jit
-def scan_kernel(
-    states,  # noqa: ANN001
-    first,  # noqa: ANN001
-    last,  # noqa: ANN001
-    usual,  # noqa: ANN001
-    final,  # noqa: ANN001
-    D,  # noqa: ANN001
-    segments,  # noqa: ANN001
-    lanes,  # noqa: ANN001
-    batch,  # noqa: ANN001
-    N: tl.constexpr,
-    DC: tl.constexpr,
-    REVERSE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-) -> None:
-    """Replace what each segment adds to a zero state by the state before it; see `Walk.scan`."""
-    d = tl.program_id(0) * DC + tl.arange(0, DC)
-    row = tl.program_id(1).to(tl.int64)
-    there = (d < D)[:, None] & (tl.arange(0, N) < N)[None]
-    at = d[:, None] * N + tl.arange(0, N)[None]
-    plane = batch * tl.cast(D * N, tl.int64)
-    part = lanes * tl.cast(D * N, tl.int64)
-    real = tl.load(first + row * D * N + at, mask=there, other=0.0).to(tl.float64)
-    imag = tl.load(first + plane + row * D * N + at, mask=there, other=0.0).to(tl.float64)
-    u_real = tl.zeros([DC, N], tl.float64)
-    u_imag = tl.zeros([DC, N], tl.float64)
-    for j in range(0, segments):
-        if REVERSE:
-            s = segments - 1 - j
-        else:
-            s = j
-        # The last segment in time may be shorter.
-        short = s == segments - 1
-        a = tl.load((final if short else usual) + at, mask=there, other=0.0)
-        b = tl.load((final if short else usual) + D * N + at, mask=there, other=0.0)
-        lane = states + (row * segments + s) * D * N + at
-        add_real = tl.load(lane, mask=there, other=0.0)
-        add_imag = tl.load(lane + part, mask=there, other=0.0)
-        tl.store(lane, real.to(tl.float32), mask=there)
-        tl.store(lane + part, imag.to(tl.float32), mask=there)
-        if DERIVATIVE:
-            c = tl.load((final if short else usual) + 2 * D * N + at, mask=there, other=0.0)
-            e = tl.load((final if short else usual) + 3 * D * N + at, mask=there, other=0.0)
-            more_real = tl.load(lane + 2 * part, mask=there, other=0.0)
-            more_imag = tl.load(lane + 3 * part, mask=there, other=0.0)
-            tl.store(lane + 2 * part, u_real.to(tl.float32), mask=there)
-            tl.store(lane + 3 * part, u_imag.to(tl.float32), mask=there)
-            next_real = a * u_real - b * u_imag + (c * real - e * imag) + more_real
-            u_imag = a * u_imag + b * u_real + (c * imag + e * real) + more_imag
-            u_real = next_real
-        next_real = a * real - b * imag + add_real
-        imag = a * imag + b * real + add_imag
-        real = next_real
-    to = last + row * D * N + at
-    tl.store(to, real.to(tl.float32), mask=there)
-    tl.store(to + plane, imag.to(tl.float32), mask=there)
-    if DERIVATIVE:
-        tl.store(to + 2 * plane, u_real.to(tl.float32), mask=there)
-        tl.store(to + 3 * plane, u_imag.to(tl.float32), mask=there)
-
-
-@triton.jit
-def gradient_kernel(
+def backward_kernel(
     x_ptr,  # noqa: ANN001
     grad_ptr,  # noqa: ANN001
-    write_real_ptr,  # noqa: ANN001
-    write_imag_ptr,  # noqa: ANN001
-    read_real_ptr,  # noqa: ANN001
-    read_imag_ptr,  # noqa: ANN001
-    turn_ptr,  # noqa: ANN001
-    starts,  # noqa: ANN001
+    p_ptr,  # noqa: ANN001
+    q_ptr,  # noqa: ANN001
+    gamma_ptr,  # noqa: ANN001
+    omega_ptr,  # noqa: ANN001
+    kept,  # noqa: ANN001
+    end,  # noqa: ANN001
+    tail,  # noqa: ANN001
+    sums,  # noqa: ANN001
+    grad_x,  # noqa: ANN001
+    start,  # noqa: ANN001
     partial,  # noqa: ANN001
-    partial_turn,  # noqa: ANN001
     D,  # noqa: ANN001
-    lanes,  # noqa: ANN001
-    segments,  # noqa: ANN001
+    length,  # noqa: ANN001
     segment,  # noqa: ANN001
-    blocks,  # noqa: ANN001
+    segments,  # noqa: ANN001
     x_batch,  # noqa: ANN001
     x_step,  # noqa: ANN001
     grad_batch,  # noqa: ANN001
     grad_step,  # noqa: ANN001
+    to_batch,  # noqa: ANN001
+    to_step,  # noqa: ANN001
     T: tl.constexpr,
-    N: tl.constexpr,
-    DC: tl.constexpr,
     M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    DC: tl.constexpr,
+    EXACT: tl.constexpr,
 ) -> None:
-    """M lanes' share in the gradients of within [T, T], read (twice [T, N]) and q^T (twice [N])."""
+    """grad_x of a segment, its share in the parameters' gradients, and the first state's gradient.
+
+    end: see _with_end. tail: a float32 share [batch, length % T, D] in the last steps' grad_x,
+    or None. start: the first state's gradient [batch, D, N], or None. partial: float64
+    [batch, segments, D, 5N + 1] for p, log|q|, q's phase in turns, gamma and omega.
+    """
     d = tl.program_id(0) * DC + tl.arange(0, DC)
-    lane = tl.program_id(1) * M + tl.arange(0, M)
-    n = tl.arange(0, N)
+    row = tl.program_id(2).to(tl.int64)
+    channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
+    within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
+    within, w_real, w_imag = halves(within, EXACT), halves(w_real, EXACT), halves(w_imag, EXACT)
+    r_real, r_imag = halves(r_real, EXACT), halves(r_imag, EXACT)
+    within, back_real, back_imag = transposed(within), transposed(w_real), transposed(w_imag)
+    zero = tl.zeros([DC, NP, M], tl.float32)
+    tile_a, tile_b = power(a, b, M)
+    here, at = places(d, D, N, NP)
+    state_at = row * D * N + at
+
+    # The gradient of the state after the segment.
+    m = tl.arange(0, M)
     t = tl.arange(0, T)
-    here = (d < D)[:, None, None]
-    there = here & (lane < lanes)[None, None]
-    at_state = lane.to(tl.int64)[None, None] * (D * N) + d[:, None, None] * N + n[None, :, None]
-    part = lanes * tl.cast(D * N, tl.int64)
-    at_turn = d[:, None, None] * N + n[None, :, None]
-    a = tl.load(turn_ptr + at_turn, mask=here, other=0.0)
-    b = tl.load(turn_ptr + D * N + at_turn, mask=here, other=0.0)
-    a_low = tl.load(turn_ptr + 2 * D * N + at_turn, mask=here, other=0.0)
-    b_low = tl.load(turn_ptr + 3 * D * N + at_turn, mask=here, other=0.0)
-    write_real = _matrix(write_real_ptr, d, D, N, T)
-    write_imag = _matrix(write_imag_ptr, d, D, N, T)
-    read_real = tl.permute(_matrix(read_real_ptr, d, D, T, N), (0, 2, 1))
-    read_imag = tl.permute(_matrix(read_imag_ptr, d, D, T, N), (0, 2, 1))
-    real = tl.load(starts + at_state, mask=there, other=0.0)
-    imag = tl.load(starts + part + at_state, mask=there, other=0.0)
-    u_real = tl.load(starts + 2 * part + at_state, mask=there, other=0.0)
-    u_imag = tl.load(starts + 3 * part + at_state, mask=there, other=0.0)
-    within = tl.zeros([DC, T, T], tl.float32)
-    to_real = tl.zeros([DC, T, N], tl.float32)
-    to_imag = tl.zeros([DC, T, N], tl.float32)
-    to_a = tl.zeros([DC, N, M], tl.float32)
-    to_b = tl.zeros([DC, N, M], tl.float32)
+    tiles = tl.cdiv(length, T * M)
+    first = tl.program_id(1) * segment
+    count = tl.minimum(segment, tiles - first)
+    g_real = tl.zeros([DC, NP], tl.float64)
+    g_imag = tl.zeros([DC, NP], tl.float64)
+    if end is not None:
+        whole = length == tiles * (T * M)
+        mask = here & whole & (tl.program_id(1) == segments - 1)
+        end_real, end_imag = load_pair(end, state_at, mask)
+        g_real, g_imag = end_real.to(tl.float64), end_imag.to(tl.float64)
+    segment_a, segment_b = power(tile_a, tile_b, segment)
+    for j in range(0, segments - 1 - tl.program_id(1)):
+        g_real, g_imag = times(g_real, g_imag, segment_a, -segment_b)
+        more = (row * (segments - 1) + segments - 2 - j) * D * N + at
+        more_real, more_imag = load_pair(sums, more, here)
+        g_real, g_imag = g_real + more_real, g_imag + more_imag
+    g_real, g_imag = g_real.to(tl.float32), g_imag.to(tl.float32)
 
-    first = (lane % segments) * segment
-    count = tl.minimum(segment, blocks - first)
-    for j in range(0, segment):
-        # Past its segment a lane has neither inputs nor gradients, and its state is not used.
-        valid = there & (j < count)[None, None]
-        at = _steps(x_ptr, lane, first + j, valid, d, x_batch, x_step, segments, T)
-        x = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        at = _steps(grad_ptr, lane, first + j, valid, d, grad_batch, grad_step, segments, T)
-        grad = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        within = tl.dot(grad, tl.permute(x, (0, 2, 1)), within, input_precision=PRECISION)
-        to_real = tl.dot(grad, tl.permute(real, (0, 2, 1)), to_real, input_precision=PRECISION)
-        to_imag = tl.dot(grad, tl.permute(imag, (0, 2, 1)), to_imag, input_precision=PRECISION)
-        r_real = tl.dot(read_real, grad, input_precision=PRECISION)
-        r_imag = tl.dot(read_imag, grad, input_precision=PRECISION)
-        to_a += r_real * u_real + r_imag * u_imag
-        to_b += r_imag * u_real - r_real * u_imag
-        next_real, next_imag = _turned(u_real, u_imag, a, b, a_low, b_low)
-        u_real = next_real + real
-        u_imag = next_imag + imag
-        next_real, next_imag = _turned(real, imag, a, b, a_low, b_low)
-        real = tl.dot(write_real, x, next_real, input_precision=PRECISION)
-        imag = tl.dot(write_imag, x, next_imag, input_precision=PRECISION)
+    to_within = tl.zeros([DC, T, T], tl.float32)
+    to_w_real = tl.zeros([DC, NP, T], tl.float32)
+    to_w_imag = tl.zeros([DC, NP, T], tl.float32)
+    to_r_real = tl.zeros([DC, NP, T], tl.float32)
+    to_r_imag = tl.zeros([DC, NP, T], tl.float32)
+    to_a = tl.zeros([DC, NP], tl.float32)
+    to_b = tl.zeros([DC, NP], tl.float32)
+    # Maps stay in shared memory, to be taken from there for every product.
+    for j in tl.range(0, count, disable_licm=True):
+        tile = first + count - 1 - j
+        step = tile * (T * M) + m[None] * T + t[:, None]
+        block = length // T - tile * M
+        # The gradients of the states after the blocks, and of x.
+        grad = _load(grad_ptr, row, step, d, length, D, grad_batch, grad_step, EXACT)
+        s_real = product(r_real, grad, zero)
+        s_imag = product(r_imag, grad, zero)
+        s_real, s_imag = _with_end(s_real, s_imag, end, state_at, here, block, M)
+        after_real, after_imag, s_real, s_imag = scan(
+            s_real, s_imag, g_real, g_imag, a, -b, M, True
+        )
+        g_real, g_imag = _carried(g_real, g_imag, tile_a, -tile_b, s_real, s_imag)
+        back = product(within, grad, tl.zeros([DC, T, M], tl.float32))
+        back = product(back_real, halves(after_real, EXACT), back)
+        back = product(back_imag, halves(after_imag, EXACT), back)
+        if tail is not None:
+            if block < M:
+                more = (row * (length % T) + t[None, :, None]) * D + d[:, None, None]
+                inside = (d < D)[:, None, None] & (t < length % T)[None, :, None]
+                more = tl.load(tail + more, mask=inside, other=0.0)
+                back += tl.where((m == block)[None, None], more, 0.0)
+        _store(grad_x, back, row, step, d, length, D, to_batch, to_step)
 
-    size: tl.constexpr = T * T + 2 * T * N
-    to = partial + tl.program_id(1).to(tl.int64) * D * size + d[:, None, None] * size
-    tl.store(to + t[None, :, None] * T + t[None, None], within, mask=here)
-    at = T * T + t[None, :, None] * N + n[None, None]
-    tl.store(to + at, to_real, mask=here)
-    tl.store(to + T * N + at, to_imag, mask=here)
-    to = partial_turn + tl.program_id(1).to(tl.int64) * D * (2 * N) + d[:, None] * (2 * N) + n[None]
-    tl.store(to, tl.sum(to_a, 2), mask=(d < D)[:, None])
-    tl.store(to + N, tl.sum(to_b, 2), mask=(d < D)[:, None])
+        # The states before the blocks, and the gradients of the maps.
+        x = _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT)
+        real, imag = load_pair(kept, (row * tiles + tile) * D * N + at, here)
+        x_t, grad_t = transposed(x), transposed(grad)
+        to_within = product(grad, x_t, to_within)
+        to_w_real = product(halves(after_real, EXACT), x_t, to_w_real)
+        to_w_imag = product(halves(after_imag, EXACT), x_t, to_w_imag)
+        s_real = product(w_real, x, zero)
+        s_imag = product(w_imag, x, zero)
+        h_real, h_imag, _real, _imag = scan(s_real, s_imag, real, imag, a, b, M, False)
+        to_r_real = product(halves(h_real, EXACT), grad_t, to_r_real)
+        to_r_imag = product(halves(h_imag, EXACT), grad_t, to_r_imag)
+        to_a += tl.sum(after_real * h_real + after_imag * h_imag, 2)
+        to_b += tl.sum(after_imag * h_real - after_real * h_imag, 2)
+
+    if start is not None:
+        if tl.program_id(1) == 0:
+            store_pair(start, state_at, g_real, g_imag, here)
+    # Loaded anew, from places that look new, not to hold registers through the loop.
+    d += tl.minimum(count, 0)
+    here, at = places(d, D, N, NP)
+    channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
+    to_p, log_real, log_imag, read_real, read_imag, to_omega = block_map_gradient(
+        *(to_within, to_w_real, to_w_imag, to_r_real, to_r_imag, to_a, to_b), *channels, T
+    )
+    program = row * segments + tl.program_id(1)
+    partial += (program * D + d[:, None]) * (5 * N + 1)
+    n = tl.arange(0, NP)[None]
+    tl.store(partial + n, to_p, mask=here)
+    tl.store(partial + N + n, log_real, mask=here)
+    tl.store(partial + 2 * N + n, 6.283185307179586 * log_imag, mask=here)
+    store_pair(partial + 3 * N, n, read_real * N**-0.5, read_imag * N**-0.5, here)
+    tl.store(partial + 5 * N + tl.zeros([1, 1], tl.int32), to_omega[:, None], mask=(d < D)[:, None])

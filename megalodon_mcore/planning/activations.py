@@ -51,6 +51,8 @@ def layer_activations(shape: ModelShape, layout: ParallelLayout) -> dict[str, in
     gives and its SiLU. With neither Triton's kernels nor fused loops the gate keeps SiLU of r too,
     e T a more.
 
+    Not counted: CEMA's Triton kernels keep a state every 512/a steps, T D a N/64, N = cema_ndim.
+
     With --recompute selective the attention keeps z, v and r before SiLU, (z + 2 e) T a, in place
     of the terms from z to straddling chunks, and the FFN its input in the residual stream, S D a,
     in place of all of its own.

@@ -84,25 +84,35 @@ def test_a_slice_of_the_width_stands_for_all(traffic, name):
                 assert count.flops == kernels[kernel].flops
 
 
-def test_what_a_token_of_cema_moves(traffic):
-    """Forward x twice and y: 1.5 times the floor. Backward 7 where 3 are needed."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_a_token_of_cema_moves(traffic, dtype):
+    """x and y once each, backward both gradients and x, and of the kept states a quarter of x."""
     from megalodon_mcore.kernels.cema import triton as kernels
 
     counts = []
     for length in (256, 512):
-        # One segment a row, and as many rows as a program has lanes: all else stays the same.
-        shape = shape_of(traffic, batch=kernels.LANES, length=length, channels=8, groups=1)
+        shape = shape_of(traffic, batch=1, length=length, channels=8, groups=1)
         with patch.object(kernels, "PROGRAMS", 1):
-            counts.append(traffic.measure(traffic.OPERATORS["CEMA"], shape, torch.float32))
-    element = 4 * kernels.LANES * 256 * 8
+            counts.append(traffic.measure(traffic.OPERATORS["CEMA"], shape, dtype))
 
     def more(direction, kernel):
         short, long = (count[direction].kernels[kernel].moved for count in counts)
-        return (long - short) / element
+        return (long - short) / (dtype.itemsize * 256 * 8)
 
-    assert more("forward", "walk_kernel") == 3
-    assert more("backward", "walk_kernel") == 5
-    assert more("backward", "gradient_kernel") == 2
+    assert more("forward", "forward_kernel") == 2.25
+    assert more("backward", "backward_kernel") == 3.25
+
+
+def test_cema_is_near_the_floor(traffic):
+    """All its bytes, where channels alone fill the card."""
+    from megalodon_mcore.kernels.cema import triton as kernels
+
+    shape = shape_of(traffic, batch=1, length=16384, channels=8, groups=1)
+    with patch.object(kernels, "PROGRAMS", 1):
+        counts = traffic.measure(traffic.OPERATORS["CEMA"], shape, torch.bfloat16)
+    for count in counts.values():
+        assert not any("sums" in kernel for kernel in count.kernels)
+        assert 1 <= count.moved / count.floor <= 1.3
 
 
 def test_attention_flops(traffic):

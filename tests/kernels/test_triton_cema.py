@@ -40,16 +40,30 @@ def test_matches_naive(batch, length, channels, ndim, return_state):
     check_against_naive(inputs, return_state=return_state)
 
 
-@pytest.mark.parametrize("lanes", [2, 16])
-@pytest.mark.parametrize("segment", [1, 3, 64])
-def test_segments(kernels, monkeypatch, lanes, segment):
-    """Of one block, of three with a shorter one at the end, and one segment of all."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    monkeypatch.setattr(kernels, "LANES", lanes)
-    monkeypatch.setattr(kernels, "SEGMENT", segment)
-    walk = kernels.Walk.of(torch.empty(2, 16 * 16, 5), 4)
-    assert walk.segment == min(segment, 2 * 16 // lanes)
-    check_against_naive(make_inputs(2, 16 * 16 + 5, 5, 4, dtype=torch.float32))
+# The fifth and last tile is whole, or has three blocks and five steps, or five steps.
+@pytest.mark.parametrize(
+    ("length", "segments", "with_state", "return_state"),
+    [
+        *((565, 1, True, True), (640, 3, True, True), (565, 3, True, True)),
+        *((565, 3, False, False), (517, 3, False, True), (565, 5, True, True)),
+    ],
+)
+def test_segments(kernels, monkeypatch, length, segments, with_state, return_state):
+    """All of a row, two tiles with a shorter segment at the end, or a single tile."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 2 * segments)
+    inputs = make_inputs(2, length, 5, 4, dtype=torch.float32)
+    cut = kernels.Cut.of(inputs[0], 4)
+    assert (cut.tiles, cut.segments) == (5, segments)
+    check_against_naive(inputs, with_state, return_state)
+
+
+def test_tiles_as_long_as_those_of_bfloat16(kernels, monkeypatch):
+    inputs = make_inputs(1, 300, 3, 4, dtype=torch.float32)
+    narrow = kernels.Cut.of(inputs[0].bfloat16(), 4)
+    monkeypatch.setattr(kernels, "TILE", 2 * kernels.TILE)
+    wide = kernels.Cut.of(inputs[0], 4)
+    assert wide == narrow and wide.tiles == 2
+    check_against_naive(inputs)
 
 
 def test_more_components_than_a_block_has_steps():
@@ -80,6 +94,7 @@ def cut(x):
 
 
 def test_bfloat16_is_cast_only_at_the_ends():
+    """Within a tile, where the sums have the same order."""
     wide = make_inputs(2, 64, 5, 16, dtype=torch.float32)
     narrow = [wide[0].detach().bfloat16().requires_grad_(), *wide[1:]]
     wide[0] = narrow[0].detach().float().requires_grad_()
@@ -93,12 +108,12 @@ def test_bfloat16_is_cast_only_at_the_ends():
 
 
 def test_extreme_parameters(kernels, monkeypatch):
-    """|q| from 1 - 1e-13 to 1e-26, over segments as long as they get."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    monkeypatch.setattr(kernels, "LANES", 2)
+    """|q| from 1 - 1e-13 to 1e-26, over segments of several tiles."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 9)
     inputs = extreme_inputs(2048)
     references = as_double(inputs)
-    assert kernels.Walk.of(inputs[0], 4).segment == kernels.SEGMENT
+    cut = kernels.Cut.of(inputs[0], 4)
+    assert (cut.segment, cut.segments) == (6, 3)
     y, state = cema(*inputs, return_state=True)
     y_ref, state_ref = cema_naive(*references)
     for value, reference in ((y, y_ref), (state, state_ref)):
@@ -133,12 +148,11 @@ def test_uninitialized_memory_is_never_read_and_twice_gives_the_same(length, mon
 
 
 def test_precision_follows_torch(kernels):
-    walk = kernels.Walk.of(torch.empty(1, 16, 3), 4)
+    cut = kernels.Cut.of(torch.empty(1, 16, 3), 4)
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("highest")
-        assert walk.constants()["PRECISION"] == "tf32x3"
-        torch.set_float32_matmul_precision("high")
-        assert walk.constants()["PRECISION"] == "tf32"
+        for precision, exact in (("highest", True), ("high", False)):
+            torch.set_float32_matmul_precision(precision)
+            assert cut.constants()["EXACT"] == exact
     finally:
         torch.set_float32_matmul_precision(before)
