@@ -11,6 +11,7 @@ from torch import Tensor
 from megalodon_mcore.cpu import unwatched
 from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.mixer import MixerState
+from megalodon_mcore.token_step import TokenStep, can_step
 
 
 class StreamState(NamedTuple):
@@ -23,6 +24,11 @@ class StreamState(NamedTuple):
 class StreamingModel:
     """A whole Megalodon on one rank, fed any number of tokens at a time.
 
+    A call with one token a row takes a TokenStep where one can run, all others the modules; either
+    goes on from the other's states. A state is never changed: several sequences may go on from it.
+    The model may be changed before a sequence starts and before or after a call with more tokens.
+    Between single tokens, parameters may change in place, unless it is through `.data`.
+
     Args:
         model: a GPTModel built from a MegalodonSpec with both its embedding and its output.
         piece_length: positions computed at once; a longer input is cut into such pieces.
@@ -33,6 +39,8 @@ class StreamingModel:
             raise ValueError("The model is one pipeline stage of several; build it on one rank.")
         self.model = model.eval()
         self.piece_length = piece_length
+        self._step: TokenStep | None = None
+        self._looked = False
 
     @torch.no_grad()
     def __call__(
@@ -50,6 +58,15 @@ class StreamingModel:
         """
         if tokens.shape[1] == 0:
             raise ValueError("tokens is empty; give at least one.")
+        if tokens.shape[1] == 1:
+            with unwatched():
+                step = self._token_step(tokens, state)
+                if step is not None:
+                    states = state or step.empty_state(len(tokens))
+                    logits, *after = step(tokens, *states)
+                    return logits.float(), StreamState(*after)
+        else:
+            self._looked = False
         collected = []
         pieces = tokens.split(self.piece_length, dim=1)
         with unwatched():
@@ -61,6 +78,15 @@ class StreamingModel:
                     collected.append(self._logits(hidden_states[-1:]))
         assert state is not None
         return torch.cat(collected, dim=1), state
+
+    def _token_step(self, tokens: Tensor, state: StreamState | None) -> TokenStep | None:
+        """The step for these tokens; None where the modules have to do it."""
+        if state is None or not self._looked or (self._step and not self._step.is_current()):
+            self._step = TokenStep(self.model) if can_step(self.model) else None
+            self._looked = True
+        # Of another batch size, the modules' kernels say what is wrong.
+        fits = state is None or len(state.final_norm.count) == len(tokens)
+        return self._step if fits and not self.model.training else None
 
     def _hidden_states(
         self, tokens: Tensor, state: StreamState | None

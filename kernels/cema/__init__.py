@@ -4,24 +4,17 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .portable import (
-    RecurrenceWeights,
-    cema_portable,
-    cema_response_portable,
-    coefficients,
-    powers,
-    recur,
-    recurrence_weights,
-)
+from .portable import cema_portable, cema_response_portable, coefficients, powers
+from .step import StepWeights, cema_step, step_weights
 
 __all__ = [
-    "RecurrenceWeights",
+    "StepWeights",
     "cema",
     "cema_response",
+    "cema_step",
     "coefficients",
     "powers",
-    "recur",
-    "recurrence_weights",
+    "step_weights",
 ]
 
 

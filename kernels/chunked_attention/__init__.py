@@ -5,9 +5,11 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .naive import AttentionState, chunked_attention_naive
 from .portable import chunked_attention_portable
+from .step import attention_step
 
 __all__ = [
     "AttentionState",
+    "attention_step",
     "chunked_attention",
     "chunked_attention_naive",
     "chunked_attention_portable",

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .naive import layer_norm_naive, rms_norm_naive
 from .portable import layer_norm_portable, rms_norm_portable
+from .step import rms_norm_step
 
-__all__ = ["layer_norm", "layer_norm_naive", "rms_norm", "rms_norm_naive"]
+__all__ = ["layer_norm", "layer_norm_naive", "rms_norm", "rms_norm_naive", "rms_norm_step"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

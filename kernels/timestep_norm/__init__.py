@@ -6,12 +6,14 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .naive import TimestepNormState, timestep_norm_naive
 from .portable import timestep_norm_portable, timestep_statistics_portable
+from .step import timestep_norm_step
 
 __all__ = [
     "TimestepNormState",
     "timestep_norm",
     "timestep_norm_naive",
     "timestep_norm_portable",
+    "timestep_norm_step",
     "timestep_statistics",
 ]
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import place, row_blocks
 from ..fuse import compiling, fused, pieces
 from .naive import TimestepNormState
+from .step import timestep_norm_step
 
 
 def timestep_norm_portable(
@@ -39,35 +40,22 @@ def timestep_norm_portable(
     if length == 0:
         y = (x * (weight + 1) + bias).to(x.dtype)
     elif length == 1 and mask is None:
-        y, mean, var = _one_step(x, weight, bias, mean, var, count, eps)
-        count = count + 1
+        started, share = (count > 0)[:, None], (count + 1).double().reciprocal()[:, None]
+        y, mean, var = timestep_norm_step(
+            x[:, 0].contiguous(),
+            weight.to(dtype) + 1,
+            bias.to(dtype),
+            eps,
+            # A state without steps may hold anything.
+            torch.where(started, mean, 0.0),
+            torch.where(started, var, 0.0),
+            share,
+        )
+        y, count = y[:, None], count + 1
     else:
         y, mean, var = _TimestepNorm.apply(x, weight, bias, mean, var, count, mask, eps)
         count = count + (length if mask is None else mask.sum(1))
     return y, TimestepNormState(count, mean, var) if return_state else None
-
-
-def _one_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    count: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What decoding asks for, in as few calls as it takes (Chan et al. for a set and one step)."""
-    dtype, groups = _compute_dtype(x), mean.shape[1]
-    step = x[:, 0].double().unflatten(-1, (groups, -1))
-    step_var, step_mean = torch.var_mean(step, -1, correction=0)
-    seen = count.double()[:, None]
-    delta = torch.where(seen > 0, step_mean - mean, 0.0)
-    share = seen / (seen + 1)
-    mean = step_mean - delta * share
-    var = torch.where(seen > 0, var, 0.0) * share + (step_var + delta * delta * share) / (seen + 1)
-    normed = (step - mean[..., None]) * (var + eps).rsqrt()[..., None]
-    y = torch.addcmul(bias.to(dtype), normed.flatten(1).to(dtype), weight.to(dtype) + 1)
-    return y[:, None].to(x.dtype), mean.to(dtype), var.to(dtype)
 
 
 class _TimestepNorm(torch.autograd.Function):
