@@ -27,7 +27,8 @@ def fuses(x: Tensor) -> bool:
     """Whether stages run as compiled loops on x, a float32 or bfloat16 tensor of a CPU.
 
     By itself that is so from FUSE_FROM numbers on. The environment variable MEGALODON_FUSE=0 says
-    never, MEGALODON_FUSE=1 at any size. Without a C++ compiler it is never so.
+    never, MEGALODON_FUSE=1 at any size. It is never so without a C++ compiler, nor in inference
+    mode, where prompts come in all lengths and each would be compiled for.
 
     Raises:
         ValueError: MEGALODON_FUSE is neither 0, 1 nor empty.
@@ -38,7 +39,7 @@ def fuses(x: Tensor) -> bool:
     # A subclass, such as a fake tensor, holds no memory that a loop could read.
     if choice == "0" or x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in (torch.float32, torch.bfloat16) or torch.is_inference_mode_enabled():
         return False
     return (choice == "1" or x.numel() >= FUSE_FROM) and x.numel() > 0 and _compiler_works()
 
