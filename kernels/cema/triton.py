@@ -17,8 +17,8 @@ grad_y h^T, g x^T and g conj(h), which are summed in registers and contracted to
 gradients at the end.
 
 Where channels and batch are fewer than PROGRAMS programs, time is cut into segments, and a first
-walk gives what every segment adds to the state that it starts with: forward reads x twice then, and
-backward grad_y. All sums are taken in a fixed order, without atomics.
+walk gives what every segment adds to the state that it starts with: all segments but one of x are
+read twice then, backward of grad_y. All sums are taken in a fixed order, without atomics.
 """
 
 import math
