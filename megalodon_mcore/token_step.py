@@ -7,7 +7,6 @@ keeps the modules' parameters, and what is computed from them alone, where it ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,6 @@ from megalodon_mcore.kernels.timestep_norm import TimestepNormState, timestep_no
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
 from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.feed_forward import MegalodonFeedForward, Rescale
-from megalodon_mcore.layers.float32_module import parameter_version
 from megalodon_mcore.layers.mixer import MegalodonMixer, MixerState
 from megalodon_mcore.layers.norms import LayerNorm, RMSNorm, TimestepNorm
 from megalodon_mcore.layers.query_key import QueryKey
@@ -113,9 +111,8 @@ class TokenStep:
             *(self.chunk_size, self.head_dim, float(mixer.query_key.rotary_base)),
             *(torch.device("cpu"), mixer.query_key.weight.dtype.to_complex()),
         )
-        self.versions = [
-            (parameter, parameter_version(parameter)) for parameter in _derived_from(model)
-        ]
+        self.derived_from = _derived_from(model)
+        self.versions = [parameter._version for parameter in self.derived_from]
         self.layers = [_layer(layer) for layer in layers]
         self.final_norm = _norm(model.decoder.final_layernorm)
         self.output_dtype = model.decoder.final_layernorm.output_dtype
@@ -129,7 +126,7 @@ class TokenStep:
         It goes by torch's version counters, which writing through `.data` and writing to tensors
         made in inference mode leave alone.
         """
-        return all(parameter_version(parameter) == version for parameter, version in self.versions)
+        return [parameter._version for parameter in self.derived_from] == self.versions
 
     def empty_state(self, batch: int) -> tuple[list[MixerState], TimestepNormState]:
         """The states of all layers and of the final norm before a sequence's first token."""
@@ -193,12 +190,14 @@ class TokenStep:
         normalized = _to(normalized, self.dtype)
         averages, cema = cema_step(normalized, layer.cema, layer.omega, state.cema)
         mixed = rms_norm_step(averages, *layer.cema_norm)
+        # One after the other: what runs after a product finds the caches full of its weights.
+        z, r = F.linear(mixed, *layer.z), F.linear(mixed, *layer.r)
+        v = F.linear(normalized, *layer.v)
         by_head = (len(x), self.heads, -1)
-        z = F.linear(mixed, *layer.z).view(by_head)
-        query, key = query_key_step(z, *layer.query_key, turn)
-        value = F.silu(F.linear(normalized, *layer.v)).view(by_head)
+        query, key = query_key_step(z.view(by_head), *layer.query_key, turn)
+        value = F.silu(v).view(by_head)
         attended, attention = attention_step(query, key, value, self.chunk_size, state.attention)
-        gated = F.silu(F.linear(mixed, *layer.r)).mul_(attended.flatten(1))
+        gated = F.silu(r).mul_(attended.view(r.shape))
         update = F.linear(torch.cat((mixed, gated), -1), *layer.proj)
         return update, MixerState(TimestepNormState(count, mean, var), cema, attention)
 
@@ -220,11 +219,12 @@ def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _derived_from(model: GPTModel) -> Iterator[Tensor]:
-    """The parameters whose functions are kept: all but the linear layers' and the embedding's."""
-    for module in model.modules():
-        if isinstance(module, (TimestepNorm, ComplexEMA, RMSNorm, LayerNorm, QueryKey)):
-            yield from module.parameters(recurse=False)
+def _derived_from(model: GPTModel) -> list[Tensor]:
+    """The parameters whose functions are kept, where torch counts their versions."""
+    kinds = (TimestepNorm, ComplexEMA, RMSNorm, LayerNorm, QueryKey)
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    parameters = [p for module in modules for p in module.parameters(recurse=False)]
+    return [parameter for parameter in parameters if not parameter.is_inference()]
 
 
 def _norm(norm: TimestepNorm | LayerNorm) -> _Norm:
