@@ -47,7 +47,8 @@ def fuses(x: Tensor) -> bool:
 class fused:
     """Decorates a function of tensors and constants, without side effects and outside autograd.
 
-    A call runs it compiled where `fuses` says so of the first argument, and else as it stands.
+    A call runs it compiled where `fuses` says so of `like`, by default the first argument, and
+    else as it stands.
     """
 
     def __init__(self, stage: Callable[..., Any]) -> None:
@@ -55,14 +56,14 @@ class fused:
         self.stage = stage
         self.loops: dict[tuple, Callable[..., Any]] = {}
 
-    def __call__(self, x: Tensor, *args: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, like: Tensor | None = None) -> Any:  # noqa: ANN401
         with torch.no_grad():
-            args = [z.detach() if isinstance(z, Tensor) else z for z in (x, *args)]
-            if not fuses(x):
+            args = [z.detach() if isinstance(z, Tensor) else z for z in args]
+            if not fuses(args[0] if like is None else like):
                 return self.stage(*args)
             key = tuple(_layout(z) if isinstance(z, Tensor) else z for z in args)
             if key not in self.loops and len(self.loops) < SHAPES:
-                logger.info("Compiling %s for %s", self.stage.__name__, list(x.shape))
+                logger.info("Compiling %s for %s", self.stage.__name__, list(args[0].shape))
                 self.loops[key] = _compiled(self.stage, args)
             return self.loops.get(key, self.stage)(*args)
 

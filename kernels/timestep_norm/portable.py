@@ -94,22 +94,17 @@ class _TimestepNorm(torch.autograd.Function):
             u.masked_fill_(~mask[..., None], 0.0)
         s2 = step_var.addcmul_(u, u)
         s2[:, 0].addcmul_(before, var_before)
-        offset = u.cumsum_(1).div_(count)
-        var = s2.cumsum_(1).div_(count).addcmul_(offset, offset, value=-1).clamp_min_(0.0)
-        rstd = (var + eps).rsqrt_().to(dtype)
-        mean = offset + shift[:, None]
-
-        high = mean.to(dtype)
-        low = (mean - high).to(dtype).mul_(rstd).neg_()
+        sums = (u.cumsum_(1), s2.cumsum_(1), count, shift[:, None])
+        offset, var, *statistics = _averages(*sums, eps, dtype, like=x)
         gain, bias = weight.to(dtype) + 1, bias.to(dtype)
         y = None
         for steps in _blocks(x):
-            statistics = (z[:, steps] for z in (high, low, rstd))
-            block = _normalize(x[:, steps], _part(mask, steps), *statistics, gain, bias)
+            parts = (z[:, steps] for z in statistics)
+            block = _normalize(x[:, steps], _part(mask, steps), *parts, gain, bias)
             y = place(y, x, block, slice(None), steps)
 
-        ctx.save_for_backward(x, weight, offset, shift, rstd, count_in, mask)
-        return y, mean[:, -1].to(dtype), var[:, -1].to(dtype)
+        ctx.save_for_backward(x, weight, offset, shift, statistics[-1], count_in, mask)
+        return y, (offset[:, -1] + shift).to(dtype), var[:, -1].to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -123,41 +118,33 @@ class _TimestepNorm(torch.autograd.Function):
         dtype = _compute_dtype(x)
         channels, groups = x.shape[-1], shift.shape[1]
         size = channels // groups
-        mean = offset + shift[:, None]
-        high = mean.to(dtype)
-        low = (mean - high).to(dtype)
+        high, low = _rounded(offset, shift[:, None], dtype, like=x)
         low_rstd = (low * rstd).neg_()
         gain = weight.to(dtype) + 1
 
-        # Through A and V at every step: dy/dA = -gain r, dy/dV = -gain r^2 normed / 2.
-        to_mean, to_var = torch.empty_like(mean), torch.empty_like(mean)
-        grad_weight, grad_bias = mean.new_zeros(channels), mean.new_zeros(channels)
+        to_mean = to_var = None
+        grad_weight, grad_bias = offset.new_zeros(channels), offset.new_zeros(channels)
         for steps in _blocks(x):
             statistics = (z[:, steps] for z in (high, low_rstd, rstd))
             given = (x[:, steps], grad_y[:, steps], _part(mask, steps), *statistics)
-            to_mean[:, steps], to_var[:, steps] = _sums_over_groups(*given, gain)
+            sums = _sums_over_groups(*given, gain)
+            to_mean = place(to_mean, rstd, sums[0], slice(None), steps)
+            to_var = place(to_var, rstd, sums[1], slice(None), steps)
             for total, sums in zip((grad_weight, grad_bias), _sums_over_steps(*given), strict=True):
                 total += sums.sum((0, 1), dtype=torch.float64)
-        to_mean.mul_(rstd).neg_()
-        to_var.mul_(rstd).mul_(rstd).mul_(-0.5)
-        to_mean[:, -1] += grad_mean
-        to_var[:, -1] += grad_var
 
-        # Through S1 and S2, which every later step contains. Where there is a state K is mean_in,
-        # so S1 starts at count * (mean_in - K): zero, with derivative count.
+        # Every later step contains S1 and S2. Where there is a state K is mean_in, so S1 starts at
+        # count * (mean_in - K): zero, with derivative count.
         count = _running_count(x, count_in, mask)
-        to_s2 = to_var.div_(count)
-        to_s1 = to_mean.div_(count).addcmul_(offset, to_s2, value=-2)
-        to_s1, to_s2 = _reverse_cumsum(to_s1), _reverse_cumsum(to_s2)
+        through = (to_mean, to_var, grad_mean, grad_var)
+        to_s1, to_s2 = (
+            z.cumsum_(1) for z in _to_sums_reversed(*through, rstd, offset, count, like=x)
+        )
         before = count_in[:, None].double()
-        grad_var_in = (before * to_s2[:, 0]).to(dtype)
-        grad_mean_in = (before * to_s1[:, 0]).to(dtype)
+        grad_var_in = (before * to_s2[:, -1]).to(dtype)
+        grad_mean_in = (before * to_s1[:, -1]).to(dtype)
 
-        # d(S1)/dx = 1/size, d(S2)/dx = 2 (x - K)/size, and x - K = (x - high) - low + offset.
-        slope = to_s2.mul_(2 / size)
-        constant = to_s1.div_(size).addcmul_(offset, slope)
-        slope = slope.to(dtype)
-        constant = constant.to(dtype).addcmul_(slope, low, value=-1)
+        slope, constant = _to_x(to_s1, to_s2, offset, low, size, like=x)
         grad_x = None
         for steps in _blocks(x):
             statistics = (z[:, steps] for z in (high, rstd, slope, constant))
@@ -266,6 +253,64 @@ def _normalize(
 
 
 @fused
+def _averages(
+    s1: Tensor, s2: Tensor, count: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """A - K and V in float64, and what _normalize takes of them, all [batch, length, G]."""
+    offset = s1 / count
+    var = (s2 / count - offset * offset).clamp_min(0.0)
+    rstd = (var + eps).rsqrt().to(dtype)
+    high, low = _rounded.stage(offset, shift, dtype)
+    return offset, var, high, -low * rstd, rstd
+
+
+@fused
+def _rounded(offset: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A in this type, and what that lost."""
+    mean = offset + shift
+    high = mean.to(dtype)
+    return high, (mean - high).to(dtype)
+
+
+@fused
+def _to_sums_reversed(
+    to_mean: Tensor,
+    to_var: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    rstd: Tensor,
+    offset: Tensor,
+    count: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a step alone gives to the gradients of S1 and S2, last step first, float64.
+
+    dy/dA = -gain r and dy/dV = -gain r^2 normed / 2; grad_mean and grad_var [batch, G] are the
+    last step's own.
+    """
+    last = torch.arange(offset.shape[1], device=offset.device) == offset.shape[1] - 1
+    rstd = rstd.double()
+    to_mean = torch.where(last[:, None], grad_mean[:, None], 0.0) - to_mean * rstd
+    to_var = torch.where(last[:, None], grad_var[:, None], 0.0) - to_var * rstd * rstd / 2
+    to_s2 = to_var / count
+    to_s1 = to_mean / count - 2 * offset * to_s2
+    return to_s1.flip(1), to_s2.flip(1)
+
+
+@fused
+def _to_x(
+    to_s1: Tensor, to_s2: Tensor, offset: Tensor, low: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """What _gradient takes, from the gradients of S1 and S2 with the last step first.
+
+    d(S1)/dx = 1/size and d(S2)/dx = 2 (x - K)/size, and x - K = (x - high) - low + offset.
+    """
+    slope = to_s2.flip(1) * (2 / size)
+    constant = to_s1.flip(1) / size + offset * slope
+    slope = slope.to(low.dtype)
+    return slope, constant.to(low.dtype) - slope * low
+
+
+@fused
 def _sums_over_groups(
     x: Tensor,
     grad_y: Tensor,
@@ -332,11 +377,18 @@ def _step_statistics(x: Tensor, groups: int, mask: Tensor | None) -> tuple[Tenso
     mean = torch.empty(*x.shape[:2], groups, dtype=torch.float64, device=x.device)
     var = torch.empty_like(mean)
     for steps in _blocks(x):
-        rounded, lost, square = _step_moments(x[:, steps], _part(mask, steps), groups)
-        lost = lost.double()
-        mean[:, steps] = rounded.double() + lost
-        var[:, steps] = square.double() - lost.square()
+        moments = _step_moments(x[:, steps], _part(mask, steps), groups)
+        parts = _mean_and_variance(*moments, like=x[:, steps])
+        mean = place(mean, mean, parts[0], slice(None), steps)
+        var = place(var, var, parts[1], slice(None), steps)
     return mean, var
+
+
+@fused
+def _mean_and_variance(rounded: Tensor, lost: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each step's groups in float64, from _step_moments."""
+    lost = lost.double()
+    return rounded.double() + lost, square.double() - lost * lost
 
 
 def _first_real(step_mean: Tensor, mask: Tensor | None) -> Tensor:
@@ -353,7 +405,3 @@ def _running_count(x: Tensor, count_in: Tensor, mask: Tensor | None) -> Tensor:
     else:
         steps = mask.cumsum(1)
     return (count_in[:, None] + steps).clamp_min(1).double()[..., None]
-
-
-def _reverse_cumsum(z: Tensor) -> Tensor:
-    return z.flip(1).cumsum_(1).flip(1)
