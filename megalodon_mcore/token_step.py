@@ -7,6 +7,7 @@ keeps the modules' parameters, and what is computed from them alone, where it ne
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalodon_mcore.kernels.cema import StepWeights, cema_step, step_weights
+from megalodon_mcore.kernels.cema import StepWeights, cema_decayed, drive_, step_weights
 from megalodon_mcore.kernels.chunked_attention import AttentionState, attention_step
 from megalodon_mcore.kernels.dispatch import use_triton
 from megalodon_mcore.kernels.query_key import query_key_step
@@ -75,8 +76,7 @@ class _Layer(NamedTuple):
     """What a block computes with. Linear layers are weight and bias; scales are as kernels say."""
 
     timestep_norm: _Norm
-    cema: StepWeights
-    omega: Tensor
+    cema_direct: Tensor
     cema_norm: tuple[Tensor, Tensor]
     z: tuple[Tensor, Tensor]
     v: tuple[Tensor, Tensor]
@@ -113,7 +113,12 @@ class TokenStep:
         )
         self.derived_from = _derived_from(model)
         self.versions = [parameter._version for parameter in self.derived_from]
-        self.layers = [_layer(layer) for layer in layers]
+        self.cema = _cema_of_all(layers)
+        self.layers = [
+            _layer(*pair) for pair in zip(layers, self.cema.direct.unbind(0), strict=True)
+        ]
+        # The CEMA states of the last call, and all of them as the one tensor that they lie in.
+        self.last: tuple[list[Tensor], Tensor] | None = None
         self.final_norm = _norm(model.decoder.final_layernorm)
         self.output_dtype = model.decoder.final_layernorm.output_dtype
         self.embedding = model.embedding.word_embeddings.weight
@@ -165,41 +170,55 @@ class TokenStep:
             x = x.float()
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
-        outgoing = []
-        for layer, state in zip(self.layers, states, strict=True):
-            update, state = self._mixer(layer, x, state, count, share, turn)
+        decayed, responses = cema_decayed(self.cema, self._cema_states(states))
+        outgoing, cema_states, cema_inputs = [], list(decayed.unbind(0)), []
+        of_layers = (self.layers, states, cema_states, responses.unbind(0))
+        for layer, state, cema_state, response in zip(*of_layers, strict=True):
+            _, mean, var = state.timestep_norm
+            normalized, mean, var = timestep_norm_step(x, *layer.timestep_norm, mean, var, share)
+            normalized = _to(normalized, self.dtype)
+            cema_inputs.append(normalized)
+            update, attention = self._mixer(layer, normalized, response, state.attention, turn)
             x = x + self._feed_forward(layer, x + update)
-            outgoing.append(state)
+            norm = TimestepNormState(count, mean, var)
+            outgoing.append(MixerState(norm, cema_state, attention))
+        drive_(decayed, self.cema, _to(torch.stack(cema_inputs), responses.dtype))
+        self.last = cema_states, decayed
         _, mean, var = norm_state
         x, mean, var = timestep_norm_step(x, *self.final_norm, mean, var, share)
         logits = F.linear(_to(x, self.output_dtype), self.output)
         return logits[:, None], outgoing, TimestepNormState(count, mean, var)
 
+    def _cema_states(self, states: list[MixerState]) -> Tensor:
+        """Of all layers, [layers, batch, hidden_size, N]."""
+        own = [state.cema for state in states]
+        if self.last is not None and all(map(operator.is_, own, self.last[0])):
+            return self.last[1]
+        return torch.stack(own)
+
     def _mixer(
         self,
         layer: _Layer,
-        x: Tensor,
-        state: MixerState,
-        count: Tensor,
-        share: Tensor,
+        normalized: Tensor,
+        cema_response: Tensor,
+        attention: AttentionState,
         turn: Tensor,
-    ) -> tuple[Tensor, MixerState]:
-        """MegalodonMixer.forward of [batch, hidden_size]."""
-        _, mean, var = state.timestep_norm
-        normalized, mean, var = timestep_norm_step(x, *layer.timestep_norm, mean, var, share)
-        normalized = _to(normalized, self.dtype)
-        averages, cema = cema_step(normalized, layer.cema, layer.omega, state.cema)
-        mixed = rms_norm_step(averages, *layer.cema_norm)
+    ) -> tuple[Tensor, AttentionState]:
+        """MegalodonMixer.forward of [batch, hidden_size], from after its TimestepNorm."""
+        averages = torch.addcmul(
+            cema_response, layer.cema_direct, _to(normalized, cema_response.dtype)
+        )
+        mixed = rms_norm_step(_to(averages, self.dtype), *layer.cema_norm)
         # One after the other: what runs after a product finds the caches full of its weights.
         z, r = F.linear(mixed, *layer.z), F.linear(mixed, *layer.r)
         v = F.linear(normalized, *layer.v)
-        by_head = (len(x), self.heads, -1)
+        by_head = (len(z), self.heads, -1)
         query, key = query_key_step(z.view(by_head), *layer.query_key, turn)
         value = F.silu(v).view(by_head)
-        attended, attention = attention_step(query, key, value, self.chunk_size, state.attention)
+        attended, attention = attention_step(query, key, value, self.chunk_size, attention)
         gated = F.silu(r).mul_(attended.view(r.shape))
         update = F.linear(torch.cat((mixed, gated), -1), *layer.proj)
-        return update, MixerState(TimestepNormState(count, mean, var), cema, attention)
+        return update, attention
 
     def _feed_forward(self, layer: _Layer, x: Tensor) -> Tensor:
         """MegalodonFeedForward.forward of [batch, hidden_size]."""
@@ -231,9 +250,18 @@ def _norm(norm: TimestepNorm | LayerNorm) -> _Norm:
     return _Norm(norm.weight + 1, norm.bias.detach(), norm.eps)
 
 
-def _layer(layer: MegalodonLayer) -> _Layer:
+def _cema_of_all(layers: nn.ModuleList) -> StepWeights:
+    """One tensor for all layers, with a dimension for the batch."""
+    weights = [
+        step_weights(cema.alpha, cema.delta, cema.theta, cema.gamma, cema.omega)
+        for cema in (layer.mixer.cema for layer in layers)
+    ]
+    return StepWeights(*(torch.stack(parts).unsqueeze(1) for parts in zip(*weights, strict=True)))
+
+
+def _layer(layer: MegalodonLayer, cema_direct: Tensor) -> _Layer:
     mixer, feed_forward = layer.mixer, layer.feed_forward
-    cema, norm, query_key = mixer.cema, mixer.cema_norm, mixer.query_key
+    norm, query_key = mixer.cema_norm, mixer.query_key
     heads, width = query_key.num_heads, query_key.head_dim
 
     def root(size: int, eps: float) -> Tensor:
@@ -245,8 +273,7 @@ def _layer(layer: MegalodonLayer) -> _Layer:
 
     return _Layer(
         timestep_norm=_norm(mixer.timestep_norm),
-        cema=step_weights(cema.alpha, cema.delta, cema.theta, cema.gamma),
-        omega=cema.omega[:, 0],
+        cema_direct=cema_direct,
         cema_norm=(
             (norm.weight + 1) * math.sqrt(len(norm.weight)),
             root(len(norm.weight), norm.eps),

@@ -103,7 +103,7 @@ class ComplexEMA(Float32Module):
     ) -> tuple[Tensor, Tensor | None]:
         if state is not None and len(hidden_states) == 1 and not torch.is_grad_enabled():
             weights = self._weights_of_a_step()
-            averages, state = cema_step(hidden_states[0], weights, self.omega[:, 0], state)
+            averages, state = cema_step(hidden_states[0], weights, state)
             return averages[None], state
         self._step = None
         averages, state = cema(
@@ -120,7 +120,7 @@ class ComplexEMA(Float32Module):
 
     def _weights_of_a_step(self) -> StepWeights:
         """Computed for a sequence's first single step and after a change, not for every token."""
-        parameters = (self.alpha, self.delta, self.theta, self.gamma)
+        parameters = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
         versions = [parameter_version(parameter) for parameter in parameters]
         if self._step is None or versions != self._step_versions:
             self._step, self._step_versions = step_weights(*parameters), versions

@@ -375,5 +375,5 @@ def test_powers_have_gradients_where_they_underflow(power):
 
 def test_public_names():
     whole = {"cema", "cema_response", "coefficients", "powers"}
-    stepwise = {"StepWeights", "cema_step", "step_weights"}
+    stepwise = {"StepWeights", "cema_decayed", "cema_step", "drive_", "step_weights"}
     assert set(package.__all__) == whole | stepwise

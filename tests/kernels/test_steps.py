@@ -55,11 +55,11 @@ def test_cema_over_a_long_memory():
     delta[0] = -12.0
     theta, gamma, omega = torch.randn(6, 1, 1), torch.randn(6, 5, 2), torch.randn(6, 1)
     x = torch.randn(2, 4000, 6)
-    weights = step_weights(alpha, delta, theta, gamma)
+    weights = step_weights(alpha, delta, theta, gamma, omega)
     state, steps = torch.zeros(2, 6, 5, dtype=torch.complex64), []
     for step in x.unbind(1):
         before = state.clone()
-        y, after = cema_step(step, weights, omega[:, 0], state)
+        y, after = cema_step(step, weights, state)
         assert torch.equal(before, state)
         state = after
         steps.append(y)
