@@ -40,13 +40,13 @@ def chunked_attention_portable(
         keys = torch.cat([state.key, k[:, :head]], dim=1)
         values = torch.cat([state.value, v[:, :head]], dim=1)
         given = (z[:, None] for z in (q[:, :head], keys, values))
-        pieces.append(_causal_attention(*given, dropout_p)[:, 0])
+        pieces.append(_causal_attention(*given, dropout_p).squeeze(1))
     if whole.stop > whole.start:
         chunks = (z[:, whole].unflatten(1, (-1, chunk_size)) for z in (q, k, v))
         pieces.append(_causal_attention(*chunks, dropout_p).flatten(1, 2))
     if rest or not pieces:
         given = (z[:, None, whole.stop :] for z in (q, k, v))
-        pieces.append(_causal_attention(*given, dropout_p)[:, 0])
+        pieces.append(_causal_attention(*given, dropout_p).squeeze(1))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     if not return_state:
@@ -65,8 +65,8 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tens
     if v.dtype != torch.bfloat16:
         return _CausalAttention.apply(q, k, v, dropout_p)
     # Products of bfloat16 copy what does not lie side by side, and each would.
-    packed = (z.transpose(2, 3).flatten(0, 2)[:, None, :, None] for z in (q, k, v))
-    out = _CausalAttention.apply(*packed, dropout_p)[:, 0, :, 0]
+    packed = (z.transpose(2, 3).flatten(0, 2).contiguous()[:, None, :, None] for z in (q, k, v))
+    out = _CausalAttention.apply(*packed, dropout_p).squeeze(3).squeeze(1)
     batch, chunks, _, heads, _ = q.shape
     return out.unflatten(0, (batch, chunks, heads)).transpose(2, 3)
 
@@ -102,7 +102,9 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         whole = *_at_least_float32(q, k), v, grad_out
         grad_q, grad_k = (torch.empty_like(z) for z in whole[:2])
-        grad_v = torch.empty_like(v, dtype=grad_k.dtype)
+        # Of two summands, a sum in v's type is as good as one in float32.
+        few = len(list(_query_blocks(q[:, 0], k[:, 0], v.dtype))) <= 2
+        grad_v = torch.empty_like(v, dtype=v.dtype if few else grad_k.dtype)
         kept.reverse()
         for queries, keys, values, grad, *grads in _matrices(*whole, grad_q, grad_k, grad_v):
             to_queries, to_keys, to_values = grads
