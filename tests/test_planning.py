@@ -263,16 +263,6 @@ def test_a_rank_sends_and_keeps_what_is_planned(name):
     assert 0 <= runs[1][0] - planned_bytes(long) < 2**19
 
 
-@pytest.mark.slow
-def test_fused_loops_keep_what_is_planned(monkeypatch):
-    monkeypatch.setenv("MEGALODON_FUSE", "1")
-    layout = ParallelLayout(seq_length=1024)
-    shape = ModelShape.of(TINY, VOCABULARY)
-    planned = sum(activations.edge_activations(shape, layout, 0).values())
-    planned += TINY.num_layers * sum(activations.layer_activations(shape, layout).values())
-    assert 0 <= run_model(TINY, layout)[0] - planned < 2**19
-
-
 def test_full_recomputation_keeps_a_layer_at_a_time():
     """The layers are run again one after another; what was kept then is counted for all."""
     layouts = [

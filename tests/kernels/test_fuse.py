@@ -118,7 +118,7 @@ assert not fuses(x) and swiglu(x).shape == (2, 4)
 
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "groups", "state", "mask"),
-    [(2, 37, 10, 1, True, False), (3, 64, 96, 3, True, True), (1, 150, 256, 4, False, False)],
+    [(2, 37, 10, 1, True, False), (3, 64, 96, 3, True, True)],
 )
 def test_timestep_norm(always, batch, length, channels, groups, state, mask):
     torch.manual_seed(0)
@@ -127,6 +127,14 @@ def test_timestep_norm(always, batch, length, channels, groups, state, mask):
     )
     run, given = of_timestep_norm.run, (x, weight, bias, groups, state, mask)
     values, grads, _ = run(of_timestep_norm.timestep_norm, *given)
+    torch.use_deterministic_algorithms(True)
+    try:
+        # What is uninitialized then holds NaN.
+        again, grads_again, _ = run(of_timestep_norm.timestep_norm, *given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip([*values, *grads], [*again, *grads_again], strict=True):
+        assert torch.equal(a, b)
     expected, expected_grads, _ = run(
         of_timestep_norm.timestep_norm_naive, *given, dtype=torch.float64
     )
@@ -163,8 +171,7 @@ def test_timestep_statistics(always):
     assert error(grad, torch.autograd.grad(wanted, double, draws)[0]) < 1e-6
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", of_gates.FAST)
+@pytest.mark.parametrize(("name", "transposed"), [("gated", True), ("swiglu", False)])
 def test_gates_match(always, name, transposed):
     torch.manual_seed(0)
     leaves = of_gates.inputs(name, (5, 3, 96), transposed=transposed)
@@ -176,10 +183,16 @@ def test_gates_match(always, name, transposed):
         torch.testing.assert_close(a.double(), w, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", of_row_norm.FAST)
-def test_row_norms_match(always, name):
+def test_rms_norm(always):
     torch.manual_seed(0)
-    of_row_norm.compare(name, of_row_norm.inputs(name, (37, 3, 20)), 1e-6)
+    of_row_norm.compare("rms", of_row_norm.inputs("rms", (37, 3, 20)), 1e-6)
+    assert loops(row_norm) == 3
+
+
+def test_a_gate_keeps_its_inputs_alone(always):
+    gate, x = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    kept = of_gates.gated_silu(gate, x).grad_fn.saved_tensors
+    assert [z.data_ptr() for z in kept] == [gate.data_ptr(), x.data_ptr()]
 
 
 @pytest.mark.parametrize("name", of_row_norm.FAST)
@@ -204,19 +217,3 @@ def test_gates_of_bfloat16(always, name):
     for a, w in zip(actual, wanted, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), w, rtol=2**-8, atol=1e-5)
-
-
-def test_no_uninitialized_memory_is_read_and_twice_gives_the_same(always):
-    torch.manual_seed(0)
-    given = of_timestep_norm.random_inputs(2, 24, 12, 3, mask=True)
-    x, weight, bias, state, mask = given
-    torch.use_deterministic_algorithms(True)
-    try:
-        runs = [
-            of_timestep_norm.run(of_timestep_norm.timestep_norm, x, weight, bias, 3, state, mask)
-            for _ in range(2)
-        ]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for a, b in zip([*runs[0][0], *runs[0][1]], [*runs[1][0], *runs[1][1]], strict=True):
-        assert not a.isnan().any() and torch.equal(a, b)

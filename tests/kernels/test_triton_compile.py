@@ -74,8 +74,8 @@ def launched(size, dtype, capability):
         (norm, (channels, groups, dtype, 1, 4096, True)),
         (statistics, (channels, groups, dtype, 1, 4096)),
         (cema, (channels, dtype, 1, 4096)),
-        # Too few channels to fill a card, and steps that fill no block.
-        (cema, (channels // 8, dtype, 1, 4091)),
+        # Too few channels to fill a card, and steps that fill no block: on one card for all.
+        *([(cema, (channels // 8, dtype, 1, 4091))] if capability == 90 else []),
         (attention, (heads, dtype, 4096, 0, 0.0, capability)),
         (attention, (heads, dtype, 4096, 0, 0.1, capability)),
     ):
