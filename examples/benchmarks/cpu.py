@@ -218,11 +218,12 @@ def continued(stream: Callable, state: object) -> Callable[[], None]:
 
 
 GROUPS: dict[str, Callable[[argparse.Namespace, dict], Iterator[Row]]] = {
-    "cema": cema_rows,
+    # Before training has scattered the process's memory: decoding has a process of its own.
+    "decoding": decoding_rows,
     "norm": norm_rows,
+    "cema": cema_rows,
     "model": model_rows,
     "step": step_rows,
-    "decoding": decoding_rows,
 }
 
 

@@ -257,9 +257,10 @@ def _averages(
     s1: Tensor, s2: Tensor, count: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """A - K and V in float64, and what _normalize takes of them, all [batch, length, G]."""
-    offset = s1 / count
-    var = (s2 / count - offset * offset).clamp_min(0.0)
-    rstd = (var + eps).rsqrt().to(dtype)
+    share = count.reciprocal()
+    offset = s1 * share
+    var = (s2 * share - offset * offset).clamp_min(0.0)
+    rstd = (var + eps).to(dtype).rsqrt()
     high, low = _rounded.stage(offset, shift, dtype)
     return offset, var, high, -low * rstd, rstd
 
@@ -291,8 +292,9 @@ def _to_sums_reversed(
     rstd = rstd.double()
     to_mean = torch.where(last[:, None], grad_mean[:, None], 0.0) - to_mean * rstd
     to_var = torch.where(last[:, None], grad_var[:, None], 0.0) - to_var * rstd * rstd / 2
-    to_s2 = to_var / count
-    to_s1 = to_mean / count - 2 * offset * to_s2
+    share = count.reciprocal()
+    to_s2 = to_var * share
+    to_s1 = to_mean * share - 2 * offset * to_s2
     return to_s1.flip(1), to_s2.flip(1)
 
 
