@@ -246,10 +246,15 @@ def _normalize(
 ) -> Tensor:
     """y; high, rstd and low, minus the mean's low part times rstd: [batch, steps, G]."""
     groups = high.shape[-1]
-    centred = _grouped(x, mask, groups) - high[..., None]
-    normed = torch.addcmul(low[..., None], centred, rstd[..., None])
+    normed = _normed(x, mask, high, low, rstd)
     y = torch.addcmul(bias.view(groups, -1), normed, gain.view(groups, -1))
     return _as_x(y, mask, x.dtype)
+
+
+def _normed(x: Tensor, mask: Tensor | None, high: Tensor, low: Tensor, rstd: Tensor) -> Tensor:
+    """What gain multiplies in y, [batch, steps, G, D/G]."""
+    centred = _grouped(x, mask, high.shape[-1]) - high[..., None]
+    return torch.addcmul(low[..., None], centred, rstd[..., None])
 
 
 @fused
@@ -325,9 +330,7 @@ def _sums_over_groups(
     """Sums of gain dL/dy, and of that times what gain multiplies in y: [batch, steps, G]."""
     groups = high.shape[-1]
     grad = _grouped(grad_y, mask, groups) * gain.view(groups, -1)
-    centred = _grouped(x, mask, groups) - high[..., None]
-    normed = torch.addcmul(low[..., None], centred, rstd[..., None])
-    return grad.sum(-1), (grad * normed).sum(-1)
+    return grad.sum(-1), (grad * _normed(x, mask, high, low, rstd)).sum(-1)
 
 
 @fused
@@ -335,11 +338,8 @@ def _sums_over_steps(
     x: Tensor, grad_y: Tensor, mask: Tensor | None, high: Tensor, low: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sums of dL/dy times what gain multiplies in y, and of dL/dy: [batch, pieces, D]."""
-    groups = high.shape[-1]
-    grad = _grouped(grad_y, mask, groups)
-    centred = _grouped(x, mask, groups) - high[..., None]
-    normed = torch.addcmul(low[..., None], centred, rstd[..., None])
-    return _step_sum(grad * normed), _step_sum(grad)
+    grad = _grouped(grad_y, mask, high.shape[-1])
+    return _step_sum(grad * _normed(x, mask, high, low, rstd)), _step_sum(grad)
 
 
 def _step_sum(z: Tensor) -> Tensor:
