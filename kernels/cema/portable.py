@@ -140,38 +140,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class RecurrenceWeights(NamedTuple):
-    """p, q and gamma / sqrt(N) of a step, [D, N]: real, complex128 and complex."""
-
-    p: Tensor
-    q: Tensor
-    readout: Tensor
-
-
 def recurrence_weights(
     alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
-) -> RecurrenceWeights:
-    """What a step takes from the parameters, `cema`'s of these names."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, q and gamma / sqrt(N) of a step, [D, N]: real, complex128 and complex."""
     p, log_magnitude, turns = coefficients(alpha, delta, theta)
     # q and the products with it in double: decoding applies q once per token, and a rounded q
     # would compound over the tokens.
     q = torch.polar(log_magnitude.exp(), 2 * math.pi * turns)
     readout = torch.view_as_complex(gamma.contiguous()) / math.sqrt(alpha.shape[1])
-    return RecurrenceWeights(p.to(gamma.dtype), q, readout)
-
-
-def recur(
-    x: Tensor, weights: RecurrenceWeights, omega: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The equations step by step, under ordinary autograd; arguments as `cema`'s."""
-    if x.shape[1] == 0:
-        return x.clone(), state
-    p, q, readout = weights
-    outputs = []
-    for x_t in x.to(p.dtype).unbind(1):
-        state = (q * state).to(readout.dtype) + p * x_t[..., None]
-        outputs.append((readout * state).real.sum(-1) + omega[:, 0] * x_t)
-    return torch.stack(outputs, dim=1).to(x.dtype), state
+    return p.to(gamma.dtype), q, readout
 
 
 def _recurrence(
@@ -183,7 +161,15 @@ def _recurrence(
     omega: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return recur(x, recurrence_weights(alpha, delta, theta, gamma), omega, state)
+    """The equations step by step, under ordinary autograd; arguments as `cema`'s."""
+    if x.shape[1] == 0:
+        return x.clone(), state
+    p, q, readout = recurrence_weights(alpha, delta, theta, gamma)
+    outputs = []
+    for x_t in x.to(p.dtype).unbind(1):
+        state = (q * state).to(readout.dtype) + p * x_t[..., None]
+        outputs.append((readout * state).real.sum(-1) + omega[:, 0] * x_t)
+    return torch.stack(outputs, dim=1).to(x.dtype), state
 
 
 class _BlockScan(torch.autograd.Function):
