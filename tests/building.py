@@ -11,6 +11,19 @@ from megalodon_mcore.spec import MegalodonSpec
 EPS = 1e-5
 
 
+def swiglu_heads_rescale(chunk_size) -> dict:
+    """Options of `build` that differ from the default in all that changes a block's equations."""
+    own = MegalodonConfig(
+        chunk_size=chunk_size,
+        z_dim=8,
+        value_dim=24,
+        cema_ndim=3,
+        norm_num_groups=4,
+        rescale_nffn=True,
+    )
+    return dict(own=own, heads=2, swiglu=True)
+
+
 def transformer_config(
     num_layers=2, hidden_size=32, heads=1, ffn=48, swiglu=False, **options
 ) -> TransformerConfig:

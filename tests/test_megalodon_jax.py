@@ -6,7 +6,7 @@ Our weights go to it, and its gradients come back, in the layout of released che
 import pytest
 import torch
 
-from building import EPS, build, randomize
+from building import EPS, build, randomize, swiglu_heads_rescale
 from megalodon_mcore.accounting import ModelShape, total_parameters
 from megalodon_mcore.config import MegalodonConfig
 
@@ -38,22 +38,7 @@ GRADIENT_BOUND = 3e-5
 CASES = {
     "one-head-one-group": (dict(own=MegalodonConfig(chunk_size=16)), 3, 45),
     "length-within-a-chunk": (dict(own=MegalodonConfig(chunk_size=64), heads=1), 1, 29),
-    "swiglu-two-heads-rescale": (
-        dict(
-            own=MegalodonConfig(
-                chunk_size=8,
-                z_dim=8,
-                value_dim=24,
-                cema_ndim=3,
-                norm_num_groups=4,
-                rescale_nffn=True,
-            ),
-            heads=2,
-            swiglu=True,
-        ),
-        3,
-        48,
-    ),
+    "swiglu-two-heads-rescale": (swiglu_heads_rescale(8), 3, 48),
     "tied-scaled-four-heads-many-groups": (
         dict(
             own=MegalodonConfig(chunk_size=13, z_dim=16, norm_num_groups=8, scale_embedding=True),

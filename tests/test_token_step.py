@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from building import build, randomize
+from building import build, randomize, swiglu_heads_rescale
 from megalodon_mcore import streaming
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.streaming import StreamingModel
@@ -16,18 +16,7 @@ CHUNK = 5
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 OPTIONS = {
     "one-head": dict(own=MegalodonConfig(chunk_size=CHUNK)),
-    "swiglu-heads-rescale": dict(
-        own=MegalodonConfig(
-            chunk_size=CHUNK,
-            z_dim=8,
-            value_dim=24,
-            cema_ndim=3,
-            norm_num_groups=4,
-            rescale_nffn=True,
-        ),
-        heads=2,
-        swiglu=True,
-    ),
+    "swiglu-heads-rescale": swiglu_heads_rescale(CHUNK),
     "tied-scaled": dict(
         own=MegalodonConfig(chunk_size=CHUNK, z_dim=16, scale_embedding=True),
         heads=4,
@@ -49,9 +38,7 @@ OPTIONS = {
 
 
 def model_of(name="one-head"):
-    options = dict(OPTIONS[name])
-    if "pipeline_dtype" in options:
-        options["pipeline_dtype"] = torch.bfloat16
+    options = OPTIONS[name]
     model, _ = build(**options)
     randomize(model)
     return model.bfloat16() if options.get("bf16") else model

@@ -36,6 +36,12 @@ def always(monkeypatch, compiler):
             monkeypatch.setattr(stage, "loops", {})
 
 
+def fast_and_naive(of, name, leaves):
+    """Pairs of a fused operator's and its oracle's results, by the operator's own tests."""
+    fast = of.run(of.FAST[name], leaves)
+    return zip(fast, of.run(of.NAIVE[name], leaves, torch.float64), strict=True)
+
+
 def stages(module):
     return [z for z in vars(module).values() if isinstance(z, fused)]
 
@@ -180,10 +186,9 @@ def test_timestep_statistics(always):
 def test_gates_match(always, name, transposed):
     torch.manual_seed(0)
     leaves = of_gates.inputs(name, (5, 3, 96), transposed=transposed)
-    actual = of_gates.run(of_gates.FAST[name], leaves)
-    wanted = of_gates.run(of_gates.NAIVE[name], leaves, torch.float64)
+    pairs = fast_and_naive(of_gates, name, leaves)
     assert loops(gates) == 2
-    for a, w in zip(actual, wanted, strict=True):
+    for a, w in pairs:
         assert a.dtype == torch.float32
         torch.testing.assert_close(a.double(), w, rtol=2e-6, atol=2e-6)
 
@@ -205,10 +210,9 @@ def test_row_norms_of_bfloat16(always, name):
     """Rounded once, at the end."""
     torch.manual_seed(0)
     leaves = of_row_norm.inputs(name, (37, 3, 20), torch.bfloat16)
-    actual = of_row_norm.run(of_row_norm.FAST[name], leaves)
-    wanted = of_row_norm.run(of_row_norm.NAIVE[name], leaves, torch.float64)
+    pairs = fast_and_naive(of_row_norm, name, leaves)
     assert loops(row_norm) == 3
-    for index, (a, w) in enumerate(zip(actual, wanted, strict=True)):
+    for index, (a, w) in enumerate(pairs):
         bound = 2**-8 if index < 2 else 1e-6
         torch.testing.assert_close(a.double(), w, rtol=bound, atol=bound * float(w.abs().max()))
 
@@ -217,8 +221,6 @@ def test_row_norms_of_bfloat16(always, name):
 def test_gates_of_bfloat16(always, name):
     torch.manual_seed(0)
     leaves = of_gates.inputs(name, (5, 9, 40), torch.bfloat16)
-    actual = of_gates.run(of_gates.FAST[name], leaves)
-    wanted = of_gates.run(of_gates.NAIVE[name], leaves, torch.float64)
-    for a, w in zip(actual, wanted, strict=True):
+    for a, w in fast_and_naive(of_gates, name, leaves):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), w, rtol=2**-8, atol=1e-5)

@@ -4,19 +4,13 @@ import pytest
 import torch
 
 import straight_line
-from building import EPS, build, randomize
+from building import EPS, build, randomize, swiglu_heads_rescale
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.streaming import StreamingModel
 
 CONFIGURATIONS = {
     "one-head": dict(own=MegalodonConfig(chunk_size=16), heads=1),
-    "swiglu-heads-rescale": dict(
-        own=MegalodonConfig(
-            chunk_size=8, z_dim=8, value_dim=24, cema_ndim=3, norm_num_groups=4, rescale_nffn=True
-        ),
-        heads=2,
-        swiglu=True,
-    ),
+    "swiglu-heads-rescale": swiglu_heads_rescale(8),
     "tied-scaled-four-heads": dict(
         own=MegalodonConfig(chunk_size=13, z_dim=16, scale_embedding=True, norm_num_groups=32),
         heads=4,
