@@ -15,7 +15,9 @@ setup(
     package_dir={"megalodon_mcore.kernels": "kernels"},
     install_requires=[
         "megatron-core[training]>=0.19.1,<0.20",
-        "torch>=2.6",
+        "torch>=2.11",
+        # What the kernels were compiled with, for cards of capability 8.0, 9.0 and 10.0.
+        "triton>=3.6,<3.9; platform_system == 'Linux'",
         "numpy",
         "nltk",
         "tokenizers",

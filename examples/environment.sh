@@ -43,3 +43,12 @@ enter_environment() {
     make_environment && install_project "${1:-}" || exit 1
     . "$environment"/bin/activate
 }
+
+# The oldest Triton that setup.py takes, beside the environment's own: for PYTHONPATH.
+install_oldest_triton() {
+    local folder="$environment"/triton-oldest version
+    version=$(sed -n 's/.*"triton>=\([0-9.]*\).*/\1.0/p' setup.py)
+    [ -e "$folder/triton-$version.dist-info" ] && return
+    rm -rf "$folder"
+    "$environment"/bin/python -m pip install --quiet --no-deps --target "$folder" "triton==$version"
+}

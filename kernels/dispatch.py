@@ -1,7 +1,6 @@
 """Which implementation an operator takes: the portable torch path or the Triton kernels."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 VARIABLE = "MEGALODON_KERNELS"
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The oldest cards whose tensor cores take what the kernels multiply.
 OLDEST_CAPABILITY = (8, 0)
 
@@ -18,9 +17,10 @@ def use_triton(*tensors: Tensor | None) -> bool:
     """Whether an operator on these floating tensors should run its Triton kernels.
 
     By itself it does where all of them (None is passed over) are on a CUDA device of capability
-    8.0 or newer, of type float32 or bfloat16, and Triton is installed. The environment variable
-    MEGALODON_KERNELS=torch never does and MEGALODON_KERNELS=triton always does, but for types
-    that no kernel takes (float64, float16), which stay on the portable path.
+    8.0 or newer, of type float32, bfloat16 or float16, and Triton is installed. The environment
+    variable MEGALODON_KERNELS=torch never does and MEGALODON_KERNELS=triton always does, but for
+    types that no kernel takes (float64), which stay on the portable path; tensors of the meta
+    device then show what would be launched, to who intercepts it.
 
     Raises:
         ValueError: MEGALODON_KERNELS is neither torch, triton nor empty.
@@ -43,7 +43,7 @@ def use_triton(*tensors: Tensor | None) -> bool:
 def _require(tensors: list[Tensor]) -> None:
     if not _installed():
         raise RuntimeError(f"{VARIABLE} is triton, but Triton is not installed.")
-    if not all(tensor.is_cuda for tensor in tensors) and not interpreted():
+    if not all(tensor.is_cuda or tensor.is_meta for tensor in tensors) and not interpreted():
         raise RuntimeError(
             f"{VARIABLE} is triton, but a tensor is not on a CUDA device, where Triton runs only "
             "with TRITON_INTERPRET=1."
@@ -63,8 +63,3 @@ def _installed() -> bool:
 @lru_cache
 def _new_enough(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's CUDA device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

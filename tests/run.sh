@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 enter_environment test
+install_oldest_triton
 ruff format --check .
 ruff check .
 if [ $# -eq 0 ]; then

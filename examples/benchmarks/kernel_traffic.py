@@ -212,7 +212,7 @@ def sliced(name: str, shape: Shape, dtype: torch.dtype, by: int) -> dict[str, Co
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", choices=("200m", "7b"), default=["200m", "7b"])
+    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["200m", "7b-paper"])
     parser.add_argument("--only", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=16384)

@@ -1,6 +1,7 @@
 """The operators that have Triton kernels, at the sizes of real layers: one entry each.
 
-A new kernel gets its rows in kernel_traffic.py and gpu.py by an entry in OPERATORS.
+A new kernel gets its rows in kernel_traffic.py and tests/gpu.sh by an entry in OPERATORS; VARIANTS
+are the same operators as a stream or a dropout calls them.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ from typing import NamedTuple
 
 import torch
 from megalodon_mcore.kernels.cema import cema
-from megalodon_mcore.kernels.chunked_attention import chunked_attention
+from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu, swiglu
 from megalodon_mcore.kernels.query_key import query_key
 from megalodon_mcore.kernels.row_norm import layer_norm, rms_norm
-from megalodon_mcore.kernels.timestep_norm import timestep_norm, timestep_statistics
+from megalodon_mcore.kernels.timestep_norm import (
+    TimestepNormState,
+    timestep_norm,
+    timestep_statistics,
+)
 from torch import Tensor
+
+from megalodon_mcore.config import SIZES as NAMED_SIZES
 
 NDIM = 16
 EPS = 1e-5
 
 
 class Shape(NamedTuple):
-    """Of a layer's input and of its parts; DESIGN section 1 has the names."""
+    """Of a layer's input and of its parts, by the names of megalodon_mcore/config.py."""
 
     batch: int
     length: int
@@ -33,6 +40,16 @@ class Shape(NamedTuple):
     value_width: int
     chunk: int
     ffn: int
+
+    @classmethod
+    def named(cls, name: str, length: int = 16384, batch: int = 1) -> Shape:
+        """That of a named size."""
+        size, own = NAMED_SIZES[name], NAMED_SIZES[name].megalodon
+        heads = size.num_attention_heads
+        return cls(
+            *(batch, length, size.hidden_size, own.norm_num_groups, heads),
+            *(own.z_dim // heads, own.value_dim // heads, own.chunk_size, size.ffn_hidden_size),
+        )
 
     def divided(self, by: int) -> Shape:
         """A part of the width, as if the rest were on other machines: same groups, same heads."""
@@ -48,11 +65,8 @@ class Shape(NamedTuple):
         return self.batch * self.length * self.channels
 
 
-SIZES = {
-    "200m": Shape(1, 16384, 1024, 32, 1, 256, 2048, 2048, 2560),
-    "7b": Shape(1, 16384, 4096, 64, 4, 256, 2048, 2048, 8192),
-    "tiny": Shape(2, 96, 64, 4, 2, 16, 32, 32, 96),
-}
+SIZES = {name: Shape.named(name) for name in NAMED_SIZES}
+SIZES["tiny"] = Shape(2, 96, 64, 4, 2, 16, 32, 32, 96)
 
 
 class Operator(NamedTuple):
@@ -69,16 +83,52 @@ class Operator(NamedTuple):
     memory_bound: bool
     sliced: str
 
+    def last(self, shape: Shape, share: int) -> tuple[Shape, Callable[[Tensor], Tensor]]:
+        """The last `share`-th of a problem, a problem of its own, and what cuts it out of a tensor.
+
+        Channels, with their groups and parameters. Length or chunks: of all that has a length; it
+        begins with a chunk, and parameters stay whole.
+        """
+        if self.sliced == "channels":
+            part = shape.divided(share)
+
+            def cut(z: Tensor) -> Tensor:
+                if z.shape[0] == shape.channels:
+                    return z[-part.channels :]
+                return z[..., -(part.channels if z.shape[-1] == shape.channels else part.groups) :]
+
+            return part, cut
+        first = (shape.length - 1) // shape.chunk * shape.chunk
+        part = shape._replace(length=shape.length - first)
+        return part, lambda z: z[:, first:] if z.shape[:2] == shape[:2] else z
+
 
 def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """x, and the float32 weight and bias."""
     x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
-    return _leaves(x, *torch.randn(2, shape.channels, device=device))
+    return _leaves(x, *torch.randn(2, shape.channels, device=device, dtype=_state_type(dtype)))
 
 
 def run_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
     """TimestepNorm without a state."""
     return (timestep_norm(x, weight, bias, shape.groups, EPS)[0],)
+
+
+def norm_stream_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What norm_inputs gives, and mean and variance of what came before."""
+    mean, var = torch.randn(2, shape.batch, shape.groups, device=device, dtype=_state_type(dtype))
+    return [*norm_inputs(shape, dtype, device), *_leaves(mean, var.abs() + 0.5)]
+
+
+def run_norm_stream(
+    shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
+    """TimestepNorm after 7 steps, every third step masked; y, mean and var."""
+    count = torch.full((shape.batch,), 7, device=x.device)
+    mask = (torch.arange(shape.length, device=x.device) % 3 != 1).expand(shape.batch, -1)
+    state = TimestepNormState(count, mean, var)
+    y, after = timestep_norm(x, weight, bias, shape.groups, EPS, state, mask, True)
+    return y, after.mean, after.var
 
 
 def statistics_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -91,7 +141,18 @@ def cema_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     channels = shape.channels
     x = torch.randn(shape.batch, shape.length, channels, device=device, dtype=dtype)
     shapes = ((channels, NDIM, 1), (channels, NDIM, 1), (channels, 1, 1), (channels, NDIM, 2))
-    return _leaves(x, *(torch.randn(*s, device=device) for s in (*shapes, (channels, 1))))
+    real = _state_type(dtype)
+    return _leaves(
+        x, *(torch.randn(*s, device=device, dtype=real) for s in (*shapes, (channels, 1)))
+    )
+
+
+def cema_stream_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What cema_inputs gives and a complex state."""
+    state = torch.randn(
+        *(shape.batch, shape.channels, NDIM), dtype=_state_type(dtype).to_complex(), device=device
+    )
+    return [*cema_inputs(shape, dtype, device), *_leaves(state)]
 
 
 def run_cema(shape: Shape, x: Tensor, *parameters: Tensor) -> tuple[Tensor]:
@@ -114,6 +175,21 @@ def attention_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     return _leaves(*(z.to(dtype) for z in (q * scale, k * scale, v)))
 
 
+def attention_stream_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """What attention_inputs gives, and keys and values of the chunk that the sequence starts in."""
+    cached = shape._replace(length=min(37, shape.chunk - 1))
+    return [*attention_inputs(shape, dtype, device), *attention_inputs(cached, dtype, device)[1:]]
+
+
+def run_attention_stream(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, ...]:
+    """Chunked causal attention that goes on with a chunk; the output and the new state."""
+    state = AttentionState(key, value)
+    out, after = chunked_attention(q, k, v, shape.chunk, state, return_state=True)
+    return out, *after
+
+
 def run_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
     """Chunked causal attention without a state."""
     return (chunked_attention(q, k, v, shape.chunk)[0],)
@@ -131,14 +207,17 @@ def attention_flops(shape: Shape) -> tuple[float, float]:
 def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """What CEMA gives, and the float32 weight."""
     x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
-    return _leaves(x, torch.randn(shape.channels, device=device))
+    return _leaves(x, torch.randn(shape.channels, device=device, dtype=_state_type(dtype)))
 
 
 def query_key_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """z, and the float32 weight and bias of queries and keys."""
     size = (shape.batch, shape.length, shape.heads, shape.key_width)
     z = torch.randn(size, device=device, dtype=dtype)
-    return _leaves(z, *torch.randn(2, 2, shape.heads * shape.key_width, device=device))
+    parameters = torch.randn(
+        2, 2, shape.heads * shape.key_width, device=device, dtype=_state_type(dtype)
+    )
+    return _leaves(z, *parameters)
 
 
 def run_query_key(shape: Shape, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -177,7 +256,7 @@ OPERATORS = {
         lambda shape, x: timestep_statistics(x, shape.groups),
         elementwise_flops(4),
         True,
-        "length",
+        "channels",
     ),
     "CEMA": Operator(cema_inputs, run_cema, cema_flops, True, "channels"),
     "RMSNorm": Operator(
@@ -217,6 +296,43 @@ OPERATORS = {
         "length",
     ),
 }
+
+
+VARIANTS = {
+    "TimestepNorm, masked stream": Operator(
+        norm_stream_inputs, run_norm_stream, elementwise_flops(8), True, "channels"
+    ),
+    "CEMA, stream": Operator(
+        cema_stream_inputs,
+        lambda shape, x, *rest: cema(x, *rest, return_state=True),
+        cema_flops,
+        True,
+        "channels",
+    ),
+    "attention, stream": Operator(
+        attention_stream_inputs, run_attention_stream, attention_flops, False, "chunk"
+    ),
+    "query and key, in a chunk": Operator(
+        query_key_inputs,
+        lambda shape, *leaves: query_key(*leaves, EPS, 1e5, shape.chunk // 3, shape.chunk),
+        elementwise_flops(13, lambda shape: shape.heads * shape.key_width),
+        True,
+        "length",
+    ),
+}
+
+# Whose results are drawn at random.
+DROPOUT = Operator(
+    attention_inputs,
+    lambda shape, q, k, v: chunked_attention(q, k, v, shape.chunk, dropout_p=0.1)[:1],
+    attention_flops,
+    False,
+    "chunk",
+)
+
+
+def _state_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:

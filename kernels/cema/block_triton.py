@@ -32,9 +32,12 @@ def power(q_real, q_imag, exponent):  # noqa: ANN001, ANN201
 
 @triton.jit
 def halves(z, EXACT: tl.constexpr):  # noqa: ANN001, ANN201
-    """A float32 factor as a sum of numbers that tensor cores take in TF32: two where EXACT."""
+    """A float32 factor as a sum of numbers that tensor cores take in TF32: two where EXACT.
+
+    The first is rounded, so that the second has few enough digits to be taken whole.
+    """
     if EXACT:
-        high = (z.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        high = ((z.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
         return high, z - high
     else:
         return (z,)
@@ -51,12 +54,40 @@ def transposed(z):  # noqa: ANN001, ANN201
 
 @triton.jit
 def product(a, b, total):  # noqa: ANN001, ANN201
-    """total + a b of factors [DC, 16, 16]; what low parts multiply to is below float32's digits."""
+    """total + a b of factors [DC, ., .]; what low parts multiply to is below float32's digits."""
     if len(a) == 2:
         total = tl.dot(a[1], b[0], total, input_precision="tf32")
     if len(b) == 2:
         total = tl.dot(a[0], b[1], total, input_precision="tf32")
     return tl.dot(a[0], b[0], total, input_precision="tf32")
+
+
+@triton.jit
+def _side_by_side(a, b):  # noqa: ANN001, ANN202
+    """Factors [DC, A, M] as one [DC, A, 2 M], their columns taken in turns."""
+    return tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1], 2 * a.shape[2]])
+
+
+@triton.jit
+def outer(a, b):  # noqa: ANN001, ANN201
+    """a b^T of factors [DC, A, M] and [DC, B, M]: the share of M blocks in a map's gradient.
+
+    It is a product from zero, for the caller to add: what tensor cores add to, they cut digits off,
+    and over many tiles that adds up. They sum over 16 at least (Triton 3.6 over no less): of 8
+    blocks, both parts of `a` go side by side.
+    """
+    M: tl.constexpr = a[0].shape[2]
+    total = tl.zeros([a[0].shape[0], a[0].shape[1], b[0].shape[1]], tl.float32)
+    if M >= 16:
+        return product(a, transposed(b), total)
+    else:
+        low = tl.zeros(a[0].shape, tl.float32)
+        if len(a) == 2:
+            low = a[1]
+        left = (_side_by_side(a[0], low),)
+        if len(b) == 2:
+            total = product(left, transposed((_side_by_side(b[1], b[1]),)), total)
+        return product(left, transposed((_side_by_side(b[0], b[0]),)), total)
 
 
 @triton.jit

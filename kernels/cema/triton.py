@@ -1,6 +1,6 @@
 """CEMA in Triton: the block scan of `portable`, with T = 16 steps a block, on tensor cores.
 
-A program walks the time of a batch row for CHANNELS channels, in tiles of M blocks: 16, or 8 of
+A program walks the time of a batch row for a few channels, in tiles of M blocks: 16, or 8 of
 float32. With x [T, M] of a channel's tile and h [N, M] the states before its blocks (real and
 imaginary parts apart),
 
@@ -30,13 +30,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import on_device_of
+from ..launch import exact_float32, kernel, on_device_of
 from .block_triton import (
     block_map,
     block_map_gradient,
     halves,
     load_channels,
     load_pair,
+    outer,
     places,
     power,
     product,
@@ -52,6 +53,7 @@ BLOCK = 16
 # Bytes of a channel in a tile; longer ones do not fit in registers.
 TILE = 512
 CHANNELS = 8
+WARPS = 8
 # Programs that keep a card busy; with fewer, time is cut into segments.
 PROGRAMS = 128
 
@@ -115,20 +117,19 @@ class Cut(NamedTuple):
         """The kernels' sizes."""
         return self.channels, self.length, self.segment, self.segments
 
-    def grid(self, segments: int) -> tuple[int, int, int]:
-        return triton.cdiv(self.channels, CHANNELS), segments, self.batch
+    def grid(self, segments: int) -> tuple[int, int]:
+        return self.batch * triton.cdiv(self.channels, CHANNELS), segments
 
     def constants(self) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
-        exact = torch.get_float32_matmul_precision() == "highest"
         return {
             "T": BLOCK,
             "M": self.blocks,
             "N": self.ndim,
             "NP": max(16, triton.next_power_of_2(self.ndim)),
             "DC": CHANNELS,
-            "EXACT": exact,
-            "num_warps": CHANNELS,
+            "EXACT": exact_float32(),
+            "num_warps": WARPS,
         }
 
     def states(self, like: Tensor, *shape: int) -> Tensor:
@@ -241,6 +242,14 @@ def _pairs(state: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
+def _row_and_channels(D, DC: tl.constexpr):  # noqa: ANN001, ANN202
+    """A program's batch row and its channels [DC]."""
+    blocks = tl.cdiv(D, DC)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * DC + tl.arange(0, DC)
+
+
+@triton.jit
 def _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT: tl.constexpr):  # noqa: ANN001, ANN202
     """Steps [T, M] of each channel as a factor [DC, T, M], zeros where there are none."""
     inside = (d < D)[:, None, None] & (step < length)[None]
@@ -284,7 +293,7 @@ def _with_end(real, imag, end, at, here, block, M: tl.constexpr):  # noqa: ANN00
     return real, imag
 
 
-@triton.jit
+@kernel
 def sums_kernel(
     x_ptr,  # noqa: ANN001
     p_ptr,  # noqa: ANN001
@@ -312,8 +321,7 @@ def sums_kernel(
     REVERSE: x is the gradient of y, and the sums are those of the gradient of the state, in all
     segments but the first. end: see _with_end.
     """
-    d = tl.program_id(0) * DC + tl.arange(0, DC)
-    row = tl.program_id(2).to(tl.int64)
+    row, d = _row_and_channels(D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     _within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
     here, at = places(d, D, N, NP)
@@ -353,7 +361,7 @@ def sums_kernel(
     store_pair(sums, to, real, imag, here)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x_ptr,  # noqa: ANN001
     p_ptr,  # noqa: ANN001
@@ -384,8 +392,7 @@ def forward_kernel(
 
     start, kept and end may be None; kept: [batch, tiles, D, N].
     """
-    d = tl.program_id(0) * DC + tl.arange(0, DC)
-    row = tl.program_id(2).to(tl.int64)
+    row, d = _row_and_channels(D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
     within, w_real, w_imag = halves(within, EXACT), halves(w_real, EXACT), halves(w_imag, EXACT)
@@ -436,7 +443,7 @@ def forward_kernel(
                 store_pair(end, row * D * N + at, end_real, end_imag, here)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x_ptr,  # noqa: ANN001
     grad_ptr,  # noqa: ANN001
@@ -474,8 +481,7 @@ def backward_kernel(
     or None. start: the first state's gradient [batch, D, N], or None. partial: float64
     [batch, segments, D, 5N + 1] for p, log|q|, q's phase in turns, gamma and omega.
     """
-    d = tl.program_id(0) * DC + tl.arange(0, DC)
-    row = tl.program_id(2).to(tl.int64)
+    row, d = _row_and_channels(D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
     within, w_real, w_imag = halves(within, EXACT), halves(w_real, EXACT), halves(w_imag, EXACT)
@@ -542,15 +548,14 @@ def backward_kernel(
         # The states before the blocks, and the gradients of the maps.
         x = _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT)
         real, imag = load_pair(kept, (row * tiles + tile) * D * N + at, here)
-        x_t, grad_t = transposed(x), transposed(grad)
-        to_within = product(grad, x_t, to_within)
-        to_w_real = product(halves(after_real, EXACT), x_t, to_w_real)
-        to_w_imag = product(halves(after_imag, EXACT), x_t, to_w_imag)
+        to_within += outer(grad, x)
+        to_w_real += outer(halves(after_real, EXACT), x)
+        to_w_imag += outer(halves(after_imag, EXACT), x)
         s_real = product(w_real, x, zero)
         s_imag = product(w_imag, x, zero)
         h_real, h_imag, _real, _imag = scan(s_real, s_imag, real, imag, a, b, M, False)
-        to_r_real = product(halves(h_real, EXACT), grad_t, to_r_real)
-        to_r_imag = product(halves(h_imag, EXACT), grad_t, to_r_imag)
+        to_r_real += outer(halves(h_real, EXACT), grad)
+        to_r_imag += outer(halves(h_imag, EXACT), grad)
         to_a += tl.sum(after_real * h_real + after_imag * h_imag, 2)
         to_b += tl.sum(after_imag * h_real - after_real * h_imag, 2)
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import on_device_of
+from ..launch import kernel, on_device_of
 from .naive import AttentionState
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -89,12 +89,12 @@ class Tiles(NamedTuple):
     @classmethod
     def of(cls, q: Tensor, chunk_size: int, dv: int, dropped: bool) -> "Tiles":
         """Large enough for the tensor cores, small enough for 255 registers and shared memory."""
-        choices = TILES[q.dtype]
+        choices = TILES[q.element_size()]
         least, there = min(choices), shared_memory(q.device)
         tiles = choices[max(size for size in choices if size <= max(there, least))]
         if dropped:
             # The random numbers take registers, too.
-            tiles = tiles._replace(forward=choices[least].forward)
+            tiles = tiles._replace(forward=tiles.forward._replace(other=32))
         return cls(*(tile.within(chunk_size, q.shape[-1], dv) for tile in tiles))
 
 
@@ -106,14 +106,14 @@ def shared_memory(device: torch.device) -> int:
 
 
 WHOLE = 2**30
-# By type and by the shared memory that they fit in: that of 9.0 and 10.0, of 8.0, and of the
-# rest (8.6, 8.9, 12.0).
+# By bytes of a scalar and by the shared memory that they fit in: that of 9.0 and 10.0, of 8.0, and
+# of the rest (8.6, 8.9, 12.0).
 TILES = {
-    torch.bfloat16: {
+    2: {
         227 * 1024: Tiles(
-            forward=Tile(64, 32, 512, WHOLE, 8, 3),
+            forward=Tile(128, 64, 256, WHOLE, 8, 2),
             scores=Tile(64, 64, 128, WHOLE, 8, 3),
-            values=Tile(64, 32, 512, WHOLE, 8, 3),
+            values=Tile(128, 64, 256, WHOLE, 8, 2),
         ),
         163 * 1024: Tiles(
             forward=Tile(64, 64, 256, WHOLE, 8, 2),
@@ -126,7 +126,7 @@ TILES = {
             values=Tile(64, 32, 512, WHOLE, 8, 2),
         ),
     },
-    torch.float32: {
+    4: {
         99 * 1024: Tiles(
             forward=Tile(32, 32, 128, 32, 4, 2),
             scores=Tile(32, 32, 32, 32, 8, 2),
@@ -183,7 +183,7 @@ class _ChunkedAttention(torch.autograd.Function):
         slices = triton.cdiv(v.shape[-1], values.width)
         strides = [s for z in (q, k, v, grad_out) for s in _strides(z)]
         with on_device_of(q):
-            delta_kernel[(triton.cdiv(q.shape[1], DELTA_ROWS), q.shape[0] * q.shape[2])](
+            delta_kernel[(q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], DELTA_ROWS),)](
                 *(out, grad_out, delta, q.shape[2], q.shape[1]),
                 *(*_strides(out), *_strides(grad_out)),
                 DV=v.shape[-1],
@@ -221,8 +221,8 @@ class _Call:
         self.sizes = (q.shape[2], k.shape[1], k.shape[1] - q.shape[1], chunk_size)
         self.sizes += (threshold, 1 / (1 - dropout_p))
 
-    def grid(self, tile: Tile, slices: int = 1) -> tuple[int, int]:
-        return slices * self.chunks * triton.cdiv(self.chunk_size, tile.own), self.rows
+    def grid(self, tile: Tile, slices: int = 1) -> tuple[int]:
+        return (self.rows * slices * self.chunks * triton.cdiv(self.chunk_size, tile.own),)
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         return self.widths | {
@@ -352,17 +352,21 @@ def _keep(seed, chunk, queries, keys, row, threshold):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _place(program, positions, before, chunk_size, OWN: tl.constexpr):  # noqa: ANN001, ANN202
-    """Chunk and first local row of a program, the chunk's first query and its filled length.
+def _place(positions, before, chunk_size, OWN: tl.constexpr, SLICES: tl.constexpr):  # noqa: ANN001, ANN202
+    """Where a program works: row (of batch and heads), slice, chunk, and tile of so many tiles.
 
-    The tiles with the longest rows come first.
+    Then the chunk's first query and its filled length.
     """
     tiles = tl.cdiv(chunk_size, OWN)
-    chunk = program // tiles
+    chunks = tl.cdiv(positions, chunk_size)
+    part = tl.program_id(0) % SLICES
+    program = tl.program_id(0) // SLICES
     tile = program % tiles
+    chunk = program // tiles % chunks
+    row = (program // tiles // chunks).to(tl.int64)
     filled = tl.minimum(chunk_size, positions - chunk * chunk_size)
     ahead = tl.maximum(before - chunk * chunk_size, 0)
-    return chunk, tile, tiles, ahead, filled
+    return row, part, chunk, tile, tiles, ahead, filled
 
 
 @triton.jit
@@ -420,7 +424,7 @@ def _forward_blocks(  # noqa: ANN202
     return acc, total, top
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q_ptr,  # noqa: ANN001
     k_ptr,  # noqa: ANN001
@@ -456,13 +460,11 @@ def forward_kernel(
     DEPTH: tl.constexpr,
 ) -> None:
     """WIDTH columns of the output of OWN queries; the first slice leaves the log2-sum-exp2."""
-    row = tl.program_id(1).to(tl.int64)
-    b, h = row // heads, row % heads
     SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
-    part = tl.program_id(0) % SLICES
-    chunk, tile, tiles, ahead, filled = _place(
-        tl.program_id(0) // SLICES, positions, before, chunk_size, OWN
+    row, part, chunk, tile, tiles, ahead, filled = _place(
+        *(positions, before, chunk_size, OWN, SLICES)
     )
+    b, h = row // heads, row % heads
     # The longest rows first.
     first = (tiles - 1 - tile) * OWN
     if (first >= filled) | (first + OWN <= ahead):
@@ -507,7 +509,7 @@ def forward_kernel(
         tl.store(lse_base + queries, top + tl.log2(total), mask=there)
 
 
-@triton.jit
+@kernel
 def delta_kernel(
     out_ptr,  # noqa: ANN001
     grad_ptr,  # noqa: ANN001
@@ -525,9 +527,10 @@ def delta_kernel(
     WIDTH: tl.constexpr,
 ) -> None:
     """delta_t = out_t . grad_out_t, which is the weighted mean of the weights' gradients."""
-    row = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(length, ROWS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = row // heads, row % heads
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     out_base = out_ptr + b * out_batch + h * out_head
     grad_base = grad_ptr + b * grad_batch + h * grad_head
     delta = tl.zeros([ROWS], tl.float32)
@@ -539,7 +542,7 @@ def delta_kernel(
     tl.store(delta_ptr + row * length + t, delta, mask=t < length)
 
 
-@triton.jit
+@kernel
 def scores_kernel(
     q_ptr,  # noqa: ANN001
     k_ptr,  # noqa: ANN001
@@ -585,9 +588,8 @@ def scores_kernel(
     With w = softmax and g = grad_out v^T, the scores' gradient is w (g - delta). Rows are the
     program's own, columns the others; where the own are keys everything is transposed.
     """
-    row = tl.program_id(1).to(tl.int64)
+    row, _part, chunk, tile, tiles, ahead, filled = _place(*(positions, before, chunk_size, OWN, 1))
     b, h = row // heads, row % heads
-    chunk, tile, tiles, ahead, filled = _place(tl.program_id(0), positions, before, chunk_size, OWN)
     origin = chunk.to(tl.int64) * chunk_size
     d = tl.arange(0, KEY_WIDTH)
     q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
@@ -677,7 +679,7 @@ def scores_kernel(
     )
 
 
-@triton.jit
+@kernel
 def values_kernel(
     q_ptr,  # noqa: ANN001
     k_ptr,  # noqa: ANN001
@@ -713,13 +715,11 @@ def values_kernel(
     DEPTH: tl.constexpr,
 ) -> None:
     """WIDTH columns of the gradient of OWN values: weights^T grad_out."""
-    row = tl.program_id(1).to(tl.int64)
-    b, h = row // heads, row % heads
     SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
-    part = tl.program_id(0) % SLICES
-    chunk, tile, tiles, ahead, filled = _place(
-        tl.program_id(0) // SLICES, positions, before, chunk_size, OWN
+    row, part, chunk, tile, tiles, ahead, filled = _place(
+        *(positions, before, chunk_size, OWN, SLICES)
     )
+    b, h = row // heads, row % heads
     # The first keys are seen by the most queries.
     first = tile * OWN
     if first >= filled:

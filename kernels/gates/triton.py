@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import on_device_of
+from ..launch import kernel, on_device_of
 
 # Numbers of each tensor in a tile, and at most so many of them side by side.
 TILE = 4096
@@ -112,7 +112,7 @@ def _at(row, inner, outer_stride, inner_stride, column):  # noqa: ANN001, ANN202
     return start[:, None] + column[None]
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     gate_ptr,  # noqa: ANN001
     x_ptr,  # noqa: ANN001
@@ -141,7 +141,7 @@ def forward_kernel(
     tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     gate_ptr,  # noqa: ANN001
     x_ptr,  # noqa: ANN001

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import on_device_of
+from ..launch import kernel, on_device_of
 from .turns import turns
 
 # Numbers in a tile: enough bytes in flight, few enough to stay in registers.
@@ -97,9 +97,9 @@ class _QueryKey(torch.autograd.Function):
         tables = tiling.tables(z, base)
         query, key = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
         with on_device_of(z):
-            forward_kernel[(heads, tiling.segments, batch)](
+            forward_kernel[(batch * heads, tiling.segments)](
                 *(z, weight, bias, *tables, query, key),
-                *(length, first, chunk, tiling.chunk_tiles, tiling.tiles, tiling.segment),
+                *(heads, length, first, chunk, tiling.chunk_tiles, tiling.tiles, tiling.segment),
                 *(1.0 / math.sqrt(width), eps, *z.stride()[:3]),
                 *(width, tiling.padded, tiling.steps, STAGES),
                 num_warps=tiling.warps,
@@ -124,9 +124,10 @@ class _QueryKey(torch.autograd.Function):
             *(batch * tiling.segments, 4, heads * width), dtype=torch.float32, device=z.device
         )
         with on_device_of(z):
-            backward_kernel[(heads, tiling.segments, batch)](
+            backward_kernel[(batch * heads, tiling.segments)](
                 *(z, weight, *tables, grad_query, grad_key, grad_z, partial),
-                *(length, ctx.first, ctx.chunk, tiling.chunk_tiles, tiling.tiles, tiling.segment),
+                *(heads, length, ctx.first, ctx.chunk, tiling.chunk_tiles),
+                *(tiling.tiles, tiling.segment),
                 *(1.0 / math.sqrt(width), ctx.eps),
                 *(*z.stride()[:3], *grad_query.stride()[:3], *grad_key.stride()[:3]),
                 *(*grad_z.stride()[:3], width, tiling.padded, tiling.steps, STAGES),
@@ -178,7 +179,7 @@ def _turn(x, cos, sin):  # noqa: ANN001, ANN202
     return tl.reshape(turned, [T, WP])
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     z_ptr,  # noqa: ANN001
     weight_ptr,  # noqa: ANN001
@@ -187,6 +188,7 @@ def forward_kernel(
     coarse,  # noqa: ANN001
     query_ptr,  # noqa: ANN001
     key_ptr,  # noqa: ANN001
+    heads,  # noqa: ANN001
     length,  # noqa: ANN001
     first,  # noqa: ANN001
     chunk,  # noqa: ANN001
@@ -204,9 +206,9 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """q and k of a head in one segment; root is 1/sqrt(W)."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head = tl.program_id(0) % heads
     part = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(0) // heads).to(tl.int64)
     wide_head = head.to(tl.int64)
     column = tl.arange(0, WP)
     inside = column < W
@@ -234,7 +236,7 @@ def forward_kernel(
         tl.store(key_ptr + to, key.to(key_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     z_ptr,  # noqa: ANN001
     weight_ptr,  # noqa: ANN001
@@ -244,6 +246,7 @@ def backward_kernel(
     grad_key_ptr,  # noqa: ANN001
     grad_z_ptr,  # noqa: ANN001
     partial,  # noqa: ANN001
+    heads,  # noqa: ANN001
     length,  # noqa: ANN001
     first,  # noqa: ANN001
     chunk,  # noqa: ANN001
@@ -270,9 +273,9 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """The gradient of z, and this program's [weight of q and k, bias of q and k]."""
-    head, heads = tl.program_id(0), tl.num_programs(0)
+    head = tl.program_id(0) % heads
     part = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(0) // heads).to(tl.int64)
     wide_head = head.to(tl.int64)
     column = tl.arange(0, WP)
     own = head * W + column

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import on_device_of
+from ..launch import kernel, on_device_of
 
 # Numbers in a tile: enough bytes in flight, few enough to stay in registers.
 TILE = 4096
@@ -129,7 +129,7 @@ def _rows(row, inner, outer_stride, inner_stride):  # noqa: ANN001, ANN202
     return outer.to(tl.int64) * outer_stride + within.to(tl.int64) * inner_stride
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x_ptr,  # noqa: ANN001
     y_ptr,  # noqa: ANN001
@@ -174,7 +174,7 @@ def forward_kernel(
         tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x_ptr,  # noqa: ANN001
     grad_ptr,  # noqa: ANN001

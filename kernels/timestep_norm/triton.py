@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dispatch import on_device_of
+from ..launch import kernel, on_device_of
 from .naive import TimestepNormState
 
 # Scalars in a tile: enough bytes in flight, few enough to stay in registers.
@@ -100,6 +100,9 @@ class Tiling(NamedTuple):
             *(size, padded, group_block, steps, group_blocks, chunks, segment, segments, warps)
         )
 
+    def grid(self, rows: int, segments: int) -> tuple[int, int]:
+        return rows * self.group_blocks, segments
+
     def constants(self, groups: int, mask: Tensor | None) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
         return {
@@ -137,11 +140,10 @@ class _TimestepNorm(torch.autograd.Function):
         flags = x if mask is None else mask.contiguous()
         y = torch.empty_like(x)
         mean, var = torch.empty_like(mean_in), torch.empty_like(var_in)
-        grid = (tiling.group_blocks, tiling.segments, batch)
         with on_device_of(x):
             totals = _totals(x, flags, length, tiling, constants, tiling.segments - 1)
             before = _doubles(x, batch, tiling.chunks, 3, groups)
-            forward_kernel[grid](
+            forward_kernel[tiling.grid(batch, tiling.segments)](
                 *(x, y, weight, bias, flags, count_in, mean_in, var_in, totals, before, mean, var),
                 *(length, tiling.segment, eps),
                 *(*x.stride()[:2], *y.stride()[:2]),
@@ -176,11 +178,11 @@ class _TimestepNorm(torch.autograd.Function):
             totals = _doubles(x, batch, tiling.segments, 2, groups)
             if tiling.segments > 1:
                 # Only the later segments' totals are needed: the first one's place stays unset.
-                grid = (tiling.group_blocks, tiling.segments - 1, batch)
-                backward_totals_kernel[grid](*inputs, totals, *sizes, *strides, **constants)
-            grid = (tiling.group_blocks, tiling.segments, batch)
+                backward_totals_kernel[tiling.grid(batch, tiling.segments - 1)](
+                    *(*inputs, totals, *sizes, *strides), **constants
+                )
             partial = _doubles(x, batch, tiling.segments, 2, channels)
-            backward_kernel[grid](
+            backward_kernel[tiling.grid(batch, tiling.segments)](
                 *inputs,
                 *(totals, count_in, mean_in, grad_x, partial, grad_mean_in, grad_var_in),
                 *(*sizes, *strides, *grad_x.stride()[:2]),
@@ -222,7 +224,7 @@ class _TimestepStatistics(torch.autograd.Function):
         constant = (grad_mean / scalars - slope * (mean - rounded)).float()
         grad_x = torch.empty_like(x)
         with on_device_of(x):
-            statistics_backward_kernel[(tiling.group_blocks, tiling.chunks, batch)](
+            statistics_backward_kernel[tiling.grid(batch * tiling.chunks, 1)](
                 *(x, grad_x, rounded, slope.float().contiguous(), constant, length),
                 *(*x.stride()[:2], *grad_x.stride()[:2]),
                 **tiling.constants(groups, None),
@@ -246,11 +248,19 @@ def _totals(
     batch = x.shape[0]
     totals = _doubles(x, batch, tiling.segments, 3, constants["G"])
     if segments:
-        totals_kernel[(tiling.group_blocks, segments, batch)](
+        totals_kernel[tiling.grid(batch, segments)](
             *(x, flags, totals, length, tiling.segment, tiling.segments, *x.stride()[:2]),
             **constants,
         )
     return totals
+
+
+@triton.jit
+def _rows_and_groups(G: tl.constexpr, GB: tl.constexpr):  # noqa: ANN202
+    """A program's batch row and its groups [GB]."""
+    BLOCKS: tl.constexpr = (G + GB - 1) // GB
+    program = tl.program_id(0)
+    return (program // BLOCKS).to(tl.int64), program % BLOCKS * GB + tl.arange(0, GB)
 
 
 @triton.jit
@@ -347,7 +357,7 @@ def _store_three(pointer, g, groups, there, n, mean, m2):  # noqa: ANN001, ANN20
     tl.store(pointer + 2 * groups + g, m2, mask=there)
 
 
-@triton.jit
+@kernel
 def totals_kernel(
     x_ptr,  # noqa: ANN001
     flags,  # noqa: ANN001
@@ -366,9 +376,8 @@ def totals_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """totals[b, segment] = (count, mean, M2) of this segment alone."""
-    row = tl.program_id(2).to(tl.int64)
+    row, g = _rows_and_groups(G, GB)
     part = tl.program_id(1)
-    g = tl.program_id(0) * GB + tl.arange(0, GB)
     s = tl.arange(0, SP)
     channel = g[:, None] * S + s[None]
     inside = (g < G)[:, None] & (s < S)[None]
@@ -393,7 +402,7 @@ def totals_kernel(
     _store_three(to, g, G, g < G, n, mean, m2)
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x_ptr,  # noqa: ANN001
     y_ptr,  # noqa: ANN001
@@ -423,9 +432,8 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """y of one segment, and (count, mean, M2) before each of its tiles into `before`."""
-    row = tl.program_id(2).to(tl.int64)
+    row, g = _rows_and_groups(G, GB)
     part = tl.program_id(1)
-    g = tl.program_id(0) * GB + tl.arange(0, GB)
     s = tl.arange(0, SP)
     channel = g[:, None] * S + s[None]
     inside = (g < G)[:, None] & (s < S)[None]
@@ -519,7 +527,7 @@ def _tile_backward(  # noqa: ANN202
     return a, v, means, low, rstd, centred, normed, gained
 
 
-@triton.jit
+@kernel
 def backward_totals_kernel(
     x_ptr,  # noqa: ANN001
     grad_ptr,  # noqa: ANN001
@@ -545,9 +553,8 @@ def backward_totals_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """totals[b, segment] = sums of `_tile_backward`'s a and v, for all segments but the first."""
-    row = tl.program_id(2).to(tl.int64)
+    row, g = _rows_and_groups(G, GB)
     part = tl.program_id(1) + 1
-    g = tl.program_id(0) * GB + tl.arange(0, GB)
     s = tl.arange(0, SP)
     channel = g[:, None] * S + s[None]
     inside = (g < G)[:, None] & (s < S)[None]
@@ -584,7 +591,7 @@ def backward_totals_kernel(
     tl.store(to + G + g, sum_v, mask=g < G)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x_ptr,  # noqa: ANN001
     grad_ptr,  # noqa: ANN001
@@ -618,10 +625,9 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """Gradients of x and of the incoming mean and var, and this segment's of weight and bias."""
-    row = tl.program_id(2).to(tl.int64)
+    row, g = _rows_and_groups(G, GB)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
-    g = tl.program_id(0) * GB + tl.arange(0, GB)
     s = tl.arange(0, SP)
     channel = g[:, None] * S + s[None]
     inside = (g < G)[:, None] & (s < S)[None]
@@ -691,7 +697,7 @@ def backward_kernel(
         tl.store(grad_var_in + row * G + g, (seen * sum_v).to(tl.float32), mask=g < G)
 
 
-@triton.jit
+@kernel
 def statistics_backward_kernel(
     x_ptr,  # noqa: ANN001
     grad_x_ptr,  # noqa: ANN001
@@ -712,11 +718,13 @@ def statistics_backward_kernel(
     STAGES: tl.constexpr,
 ) -> None:
     """grad_x = slope (x - mean) + constant, the three of each batch row and group."""
-    row = tl.program_id(2).to(tl.int64)
-    g = tl.program_id(0) * GB + tl.arange(0, GB)
+    row, g = _rows_and_groups(G, GB)
+    chunks = tl.cdiv(length, T)
+    chunk = (row % chunks).to(tl.int32)
+    row = row // chunks
     s = tl.arange(0, SP)
     channel = g[:, None] * S + s[None]
-    t = tl.program_id(1) * T + tl.arange(0, T)
+    t = chunk * T + tl.arange(0, T)
     there = (t < length)[:, None, None] & ((g < G)[:, None] & (s < S)[None])[None]
     mean = tl.load(mean_ptr + row * G + g, mask=g < G, other=0.0)[None, :, None]
     slope = tl.load(slope_ptr + row * G + g, mask=g < G, other=0.0)[None, :, None]

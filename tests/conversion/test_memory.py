@@ -8,7 +8,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from convert_memory import architecture, conversions, random_checkpoint
-
 from megalodon_mcore.conversion.architecture import Architecture
 
 

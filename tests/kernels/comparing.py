@@ -1,14 +1,47 @@
-"""What tests of several operators measure and cut with."""
+"""What tests of several operators measure, draw and cut with."""
+
+import contextlib
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The relative error of float32 stored as bfloat16: the interpreter cuts digits off, a card rounds.
+BFLOAT16 = 2**-7 if INTERPRETED else 2**-8
+
+
+def seeded(seed):
+    """A generator of the device that the tests run on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Fills with NaN what torch allocates without a value."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def as_stored(x):
+    """float32 numbers as a kernel stores them in bfloat16."""
+    if not INTERPRETED:
+        return x.bfloat16()
+    return (x.contiguous().view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
 
 
 def error(actual, expected):
     """Largest difference, relative to the largest expected value; 0 of nothing."""
     assert actual.shape == expected.shape
-    actual, expected = actual.detach(), expected.detach()
     if not expected.numel():
         return 0.0
-    scale = expected.abs().max().double().clamp_min(1e-30)
-    return float((actual.double() - expected.double()).abs().max() / scale)
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    actual, expected = actual.detach().to(wide), expected.detach().to(wide)
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def by_three(rows, x):

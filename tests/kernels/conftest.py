@@ -1,4 +1,7 @@
-"""Tests marked `interpreted` run in a second pytest, with Triton in its interpreter.
+"""Tests of the kernels: on the CPU, or on a card with MEGALODON_TEST_DEVICE=cuda.
+
+On the CPU tests marked `interpreted` run in a second pytest, with Triton in its interpreter. On a
+card they run as the others do; those, which test the portable paths, stay on these there.
 
 Triton reads TRITON_INTERPRET when it is imported and when it meets a kernel, so that one process
 holds either interpreted or compiled kernels. The first such test of a file that comes up sends all
@@ -14,13 +17,34 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from comparing import by_three
+import torch
 
+from comparing import INTERPRETED, by_three
+
+DEVICE = os.environ.get("MEGALODON_TEST_DEVICE", "cpu")
+# What these test is not on a card: fused loops of the CPU, the interpreter, compiling without one.
+collect_ignore = []
+if DEVICE != "cpu":
+    collect_ignore += ["test_fuse.py", "test_kernel_traffic.py", "test_triton_compile.py"]
+    # Else deterministic products are refused.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_default_device(DEVICE)
 OUTCOMES = pytest.StashKey[dict]()
 
 
 def pytest_configure(config):
     config.stash[OUTCOMES] = {}
+    if INTERPRETED:
+        import interpreter
+
+        interpreter.mend()
+
+
+@pytest.fixture(autouse=True)
+def portable(request, monkeypatch):
+    """Keeps tests of the portable paths on them where Triton would be picked."""
+    if DEVICE != "cpu" and not _interpreted(request.node):
+        monkeypatch.setenv("MEGALODON_KERNELS", "torch")
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
@@ -41,7 +65,7 @@ def path(request, monkeypatch):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    if not _interpreted(pyfuncitem) or os.environ.get("TRITON_INTERPRET") == "1":
+    if not _interpreted(pyfuncitem) or INTERPRETED or DEVICE != "cpu":
         return None
     outcomes = pyfuncitem.config.stash[OUTCOMES]
     path = pyfuncitem.path

@@ -14,6 +14,8 @@ from megalodon_mcore.kernels import cema as package
 from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, portable, powers
 from megalodon_mcore.kernels.cema.naive import cema_naive
 
+from comparing import seeded
+
 TOLERANCE = 3e-6
 NAMES = ("x", "alpha", "delta", "theta", "gamma", "omega", "state")
 
@@ -29,7 +31,7 @@ def one_thread():
 
 def make_inputs(batch, length, channels, ndim, seed=0, dtype=torch.float64):
     """x (a transposed view), the five parameters and a state, as leaves of the graph."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -83,7 +85,7 @@ def check_against_naive(inputs, with_state=True, return_state=True, tolerance=TO
     assert y.dtype == inputs[0].dtype
     assert (state is not None) == return_state
 
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     cotangent = torch.randn(y.shape, generator=generator).to(y.dtype)
     values, value_refs = [y], [y_ref]
     cotangents, cotangent_refs = [cotangent], [cotangent.double()]
@@ -202,7 +204,7 @@ def test_empty_sequence():
 def test_pieces_equal_the_whole(seed):
     length = 400
     x, *params, state = make_inputs(2, length, 5, 16, seed, torch.float32)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     cuts = torch.randint(0, length + 1, (8,), generator=generator).sort().values.tolist()
     pieces, piece_state = [], state
     for start, stop in zip([0, *cuts], [*cuts, length], strict=True):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from comparing import error
 from megalodon_mcore.kernels.chunked_attention import (
     AttentionState,
     chunked_attention,
     chunked_attention_naive,
     portable,
 )
+
+from comparing import error, poisoned
 
 FLOAT32 = 3e-6
 
@@ -195,20 +196,14 @@ def test_dropout_under_activation_recompute():
 
 
 def test_no_uninitialised_memory_is_read():
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.manual_seed(0)
     q, k, v, state = random_inputs(2, 30, 2, 4, 6, 3)
     draws = draws_for(q, v, 8, 3)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         assert torch.empty(1).isnan()
         for p in (0.0, 0.2):
             results = run(chunked_attention, q, k, v, 8, state, draws, dropout_p=p)
             assert all(z.isfinite().all() for z in results)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.mark.parametrize(

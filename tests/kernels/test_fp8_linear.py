@@ -8,12 +8,14 @@ from megalodon_mcore.kernels.fp8_linear import RECIPES, fp8_linear, fp8_linear_n
 from megalodon_mcore.kernels.fp8_linear.naive import E4M3, E5M2, quantize_naive, round_to
 from megalodon_mcore.kernels.fp8_linear.portable import quantize_portable
 
+from comparing import seeded
+
 FORMATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 
 
 def random(*shape, seed=0, dtype=torch.float32):
     """Elements of many magnitudes, so that blocks have different scales."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     exponents = 6 * torch.randn(shape[0], 1, generator=generator)
     exponents = exponents + 3 * torch.randn(1, shape[1], generator=generator)
     return (torch.randn(shape, generator=generator) * exponents.exp2()).to(dtype)

@@ -5,11 +5,7 @@ import subprocess
 import sys
 
 import pytest
-import test_gates as of_gates
-import test_row_norm as of_row_norm
-import test_timestep_norm as of_timestep_norm
 import torch
-from comparing import error
 from megalodon_mcore.kernels import fuse
 from megalodon_mcore.kernels.fuse import fused, fuses
 from megalodon_mcore.kernels.gates import portable as gates
@@ -18,6 +14,10 @@ from megalodon_mcore.kernels.timestep_norm import portable as timestep_norm
 from megalodon_mcore.kernels.timestep_norm import timestep_statistics
 from torch.overrides import TorchFunctionMode
 
+import test_gates as of_gates
+import test_row_norm as of_row_norm
+import test_timestep_norm as of_timestep_norm
+from comparing import error
 from megalodon_mcore import cpu
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from megalodon_mcore.kernels.gates import gated_silu, gated_silu_naive, swiglu, swiglu_naive
 
+from comparing import BFLOAT16, poisoned, seeded
+
 # What the `path` fixture cuts small.
 PACKAGE, TILES = "gates", {"TILE": 1024, "COLUMNS": 256}
 FLOAT32 = 1e-6
@@ -30,7 +32,7 @@ def run(function, leaves, dtype=None):
     """The output, then the inputs' gradients."""
     leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
     y = function(*leaves)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     # Exact in every type, so that all see the same gradient of y.
     draw = torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, draw)]
@@ -60,28 +62,22 @@ def test_one_of_two_with_other_strides(path, name):
 
 @pytest.mark.parametrize("name", FAST)
 def test_bfloat16(path, name):
-    """Portable rounds twice or thrice; the interpreter cuts digits off where a card rounds."""
+    """Portable rounds twice or thrice; see BFLOAT16."""
     torch.manual_seed(0)
     leaves = inputs(name, (5, 9, 40), torch.bfloat16)
     for a, w in zip(run(FAST[name], leaves), run(NAIVE[name], leaves, torch.float64), strict=True):
         assert a.dtype == torch.bfloat16
-        rtol = 2**-7 if path == "triton" else 2**-6
+        rtol = BFLOAT16 if path == "triton" else 2**-6
         torch.testing.assert_close(a.double(), w, rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_no_uninitialised_memory_is_read_and_twice_gives_the_same(path, name):
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.manual_seed(0)
     leaves = inputs(name, (40, 3, 24), transposed=True)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         for a, b in zip(run(FAST[name], leaves), run(FAST[name], leaves), strict=True):
             assert a.isfinite().all() and torch.equal(a, b)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -4,13 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-from comparing import error
 from megalodon_mcore.kernels.row_norm import (
     layer_norm,
     layer_norm_naive,
     rms_norm,
     rms_norm_naive,
 )
+
+from comparing import BFLOAT16, error, poisoned, seeded
 
 # What the `path` fixture cuts small.
 PACKAGE, TILES = "row_norm", {"TILE": 1024, "PROGRAMS": 3}
@@ -33,7 +34,7 @@ def run(function, leaves, dtype=None):
     """The output, then gradients of x and the parameters."""
     leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
     y = function(*leaves, EPS)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     # Exact in every type, so that all see the same gradient of y.
     draw = torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, draw)]
@@ -57,15 +58,13 @@ def test_matches_the_oracle(path, name):
 
 @pytest.mark.parametrize("name", FAST)
 def test_bfloat16(path, name):
-    """The interpreter cuts digits off where a card rounds: 2^-7 instead of 2^-8."""
     torch.manual_seed(0)
     leaves = inputs(name, (5, 9, 40), torch.bfloat16, transposed=True)
     y, grad_x, *parameters = run(FAST[name], leaves)
     wanted_y, wanted_x, *wanted = run(NAIVE[name], leaves, torch.float64)
-    rtol = 2**-7 if path == "triton" else 2**-8
     for a, w in ((y, wanted_y), (grad_x, wanted_x)):
         assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.double(), w, rtol=rtol, atol=1e-5)
+        torch.testing.assert_close(a.double(), w, rtol=BFLOAT16, atol=1e-5)
     for a, w in zip(parameters, wanted, strict=True):
         assert a.dtype == torch.float32 and error(a, w) < FLOAT32
 
@@ -91,17 +90,11 @@ def test_large_mean(path, name):
 
 @pytest.mark.parametrize("name", FAST)
 def test_no_uninitialised_memory_is_read_and_twice_gives_the_same(path, name):
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.manual_seed(0)
     leaves = inputs(name, (40, 3, 24), transposed=True)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         for a, b in zip(run(FAST[name], leaves), run(FAST[name], leaves), strict=True):
             assert a.isfinite().all() and torch.equal(a, b)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.mark.parametrize("name", FAST)

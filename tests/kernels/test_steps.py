@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from comparing import error
 from megalodon_mcore.kernels.cema import cema_step, step_weights
 from megalodon_mcore.kernels.cema.naive import cema_naive
 from megalodon_mcore.kernels.chunked_attention import (
@@ -21,6 +20,8 @@ from megalodon_mcore.kernels.timestep_norm import (
     timestep_norm_naive,
     timestep_norm_step,
 )
+
+from comparing import error, poisoned
 
 EPS = 1e-5
 
@@ -96,10 +97,7 @@ def kv(batch, length, heads, dk=4, dv=6):
 @pytest.mark.parametrize("cached", [0, 3])
 def test_attention_across_chunks(cached):
     torch.manual_seed(0)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         q, k, v = kv(2, 19, 3)
         state = start = AttentionState(*kv(2, cached, 3)[1:])
         steps = []
@@ -113,9 +111,6 @@ def test_attention_across_chunks(cached):
             steps.append(out)
         wanted, _ = chunked_attention_naive(q, k, v, 7, start)
         assert error(torch.stack(steps, 1), wanted) < 3e-6
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def test_attention_leaves_every_state_as_it_was():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from comparing import error
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
     portable,
@@ -10,6 +9,8 @@ from megalodon_mcore.kernels.timestep_norm import (
     timestep_norm_naive,
     timestep_statistics,
 )
+
+from comparing import error, poisoned, seeded
 
 EPS = 1e-5
 FLOAT32 = 1e-6
@@ -39,7 +40,7 @@ def run(function, x, weight, bias, groups, state, mask, dtype=None):
         leaves += [cast(z.detach()).clone().requires_grad_() for z in state[1:]]
         state = TimestepNormState(state.count, *leaves[3:])
     y, out = function(*leaves[:3], groups, EPS, state, mask, return_state=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     loss = 0.0
     for z in (y, out.mean, out.var):
         # Exact in every type, so that all see the same gradient of y.
@@ -212,19 +213,13 @@ def test_stays_accurate_for_100_000_steps(offset, first, groups):
 
 
 def test_no_uninitialised_memory_is_read():
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.manual_seed(0)
     x, weight, bias, state, mask = random_inputs(2, 23, 12, 4, mask=True)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         assert torch.empty(1).isnan()
         for m in (None, mask):
             values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, m)
             assert all(z.isfinite().all() for z in [*values, *grads])
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def naive_statistics(x, groups):

@@ -6,8 +6,9 @@ less than a factor of two.
 
 import pytest
 import torch
-from comparing import error
 from megalodon_mcore.kernels.timestep_norm import timestep_norm, timestep_norm_naive
+
+from comparing import BFLOAT16, error, poisoned
 from test_timestep_norm import (
     EPS,
     FLOAT32,
@@ -65,7 +66,6 @@ def test_without_a_state(kernels):
 
 
 def test_bfloat16(kernels):
-    """The interpreter cuts digits off where a card rounds: 2^-7 instead of 2^-8."""
     torch.manual_seed(0)
     x, weight, bias, state, mask = random_inputs(2, 40, 24, 4, torch.bfloat16, mask=True)
     values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, mask)
@@ -74,7 +74,7 @@ def test_bfloat16(kernels):
     )
     for a, w in ((values[0], wanted[0]), (grads[0], wanted_grads[0])):
         assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.double(), w, rtol=2**-7, atol=1e-5)
+        torch.testing.assert_close(a.double(), w, rtol=BFLOAT16, atol=1e-5)
     for a, w in zip([*values[1:], *grads[1:]], [*wanted[1:], *wanted_grads[1:]], strict=True):
         assert error(a, w) < FLOAT32
 
@@ -120,20 +120,14 @@ def test_stays_accurate(kernels, offset, first):
 
 
 def test_no_uninitialised_memory_is_read_and_twice_gives_the_same(kernels):
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.manual_seed(0)
     x, weight, bias, state, mask = random_inputs(2, 70, 12, 4, mask=True)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         for m in (None, mask):
             first = run(timestep_norm, x, weight, bias, 4, state, m)
             again = run(timestep_norm, x, weight, bias, 4, state, m)
             for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]], strict=True):
                 assert a.isfinite().all() and torch.equal(a, b)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

@@ -1,0 +1,164 @@
+"""Stage 2: every operator's values and all its gradients against float64, computed on the card.
+
+Inputs and cotangents are random; what torch allocates holds NaN before a kernel writes it; each
+case runs twice and has to give the same bits. Short sequences are held to the loops of the
+definitions, long ones to the portable path in float64, which is held to those loops as well. Of a
+million positions the end is compared.
+"""
+
+from unittest.mock import patch
+
+import torch
+from megalodon_mcore.kernels.cema.naive import cema_naive
+from megalodon_mcore.kernels.chunked_attention import chunked_attention_naive
+from megalodon_mcore.kernels.gates import gated_silu_naive, swiglu_naive
+from megalodon_mcore.kernels.query_key import query_key_naive
+from megalodon_mcore.kernels.row_norm import layer_norm_naive, rms_norm_naive
+from megalodon_mcore.kernels.timestep_norm import timestep_norm_naive
+
+import operators
+from comparing import INTERPRETED, error, poisoned
+from operators import OPERATORS, VARIANTS, Shape
+from stage import Stage
+
+EVERY = OPERATORS | VARIANTS
+# As the operators call them.
+NAIVE = {
+    "cema": lambda *leaves, return_state=False: cema_naive(*leaves),
+    "chunked_attention": chunked_attention_naive,
+    "gated_silu": gated_silu_naive,
+    "layer_norm": layer_norm_naive,
+    "query_key": query_key_naive,
+    "rms_norm": rms_norm_naive,
+    "swiglu": swiglu_naive,
+    "timestep_norm": timestep_norm_naive,
+}
+# Longer ones take the loops too long.
+LONGEST_LOOP = 700
+# Errors, relative to the largest value of a tensor, by the type that the tensor has.
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-5}
+BOUNDS |= {torch.complex64: 1e-5}
+
+
+def shapes(rehearse):
+    """(label, Shape): ragged ones, and those of real layers."""
+    yield "3 heads", Shape(2, 77, 24, 3, 3, 32, 64, 24, 80)
+    yield "1 step", Shape(3, 1, 16, 2, 1, 16, 40, 16, 48)
+    if rehearse:
+        yield "2 heads", Shape(1, 150, 16, 8, 2, 16, 48, 40, 20)
+        return
+    yield "2 heads", Shape(1, 613, 256, 8, 2, 64, 256, 200, 320)
+    yield "200m", Shape.named("200m", 2053, batch=2)
+    yield "7b-paper", Shape.named("7b-paper", 2053)
+    yield "7b-paper", Shape.named("7b-paper", 16387)
+
+
+def million(rehearse):
+    """A shape whose places do not fit in 32 bits, and which share of it is compared."""
+    if rehearse:
+        return Shape(1, 99, 32, 4, 1, 16, 32, 32, 48), 2
+    return Shape.named("7b-paper", 2**20 + 3)._replace(heads=1, ffn=2048), 64
+
+
+def check(operator, shape, dtype, device, share=1):
+    """The verdict, and the worst of the results beside its bound."""
+    leaves = operator.inputs(shape, dtype, device)
+    part, cut = (shape, lambda z: z) if share == 1 else operator.last(shape, share)
+    runs, cotangents = [], None
+    for _ in range(2):
+        with poisoned():
+            outputs = operator.run(shape, *leaves)
+            if cotangents is None:
+                cotangents = [cotangent(y, cut) for y in outputs]
+            gradients = torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)
+            runs.append([z.detach() for z in (*outputs, *gradients)])
+    equal = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    actual = [cut(z) for z in runs[0]]
+
+    doubles = [double(cut(leaf.detach())).requires_grad_() for leaf in leaves]
+    wanted = reference(operator, part, doubles)
+    upstream = [double(cut(z)) for z in cotangents]
+    wanted += torch.autograd.grad(wanted, doubles, upstream, materialize_grads=True)
+
+    worst, finite = (0.0, 0.0, ""), True
+    names = [f"output {i}" for i in range(len(outputs))] + [
+        f"gradient {i}" for i in range(len(leaves))
+    ]
+    for name, a, w in zip(names, actual, wanted, strict=True):
+        finite &= bool(a.isfinite().all())
+        half = a.element_size() == 2
+        bound = BOUNDS[a.dtype] * (2 if INTERPRETED and half else 1)
+        if operator.sliced == "chunk" and half:
+            # Weights and their gradients are rounded, too, before they meet the values.
+            bound *= 3
+        # Where everything cancels in float64, the error is one of terms of size 1.
+        found = error(a, w) if w.any() or not w.numel() else float(a.detach().abs().max())
+        worst = max(worst, (found / bound, found, name, bound))
+    good = equal and finite and worst[0] <= 1
+    found = {"error": worst[1], "bound": worst[3], "of": worst[2], "twice_equal": equal}
+    return "pass" if good else "fail", found | {"finite": finite}
+
+
+def cotangent(y, cut):
+    """Random, and zero outside of what is compared."""
+    drawn = torch.randn(y.shape, dtype=y.dtype, device=y.device)
+    kept = torch.zeros_like(drawn)
+    cut(kept).copy_(cut(drawn))
+    return kept
+
+
+def double(z):
+    return z.to(torch.complex128 if z.is_complex() else torch.float64)
+
+
+def reference(operator, shape, doubles):
+    """Outputs in float64: by the loops, or by the portable path, which float64 always takes."""
+    if shape.length <= LONGEST_LOOP:
+        with patch.multiple(operators, **NAIVE):
+            return list(operator.run(shape, *doubles))
+    return list(operator.run(shape, *doubles))
+
+
+def check_reference(operator, shape, device):
+    """The portable path in float64 against the loops."""
+    leaves = operator.inputs(shape, torch.float64, device)
+    with patch.multiple(operators, **NAIVE):
+        wanted = operator.run(shape, *leaves)
+    outputs = operator.run(shape, *leaves)
+    upstream = [torch.randn_like(y) for y in outputs]
+    values = [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+    wanted = [*wanted, *torch.autograd.grad(wanted, leaves, upstream)]
+    worst = max(error(a, w) for a, w in zip(values, wanted, strict=True))
+    return "pass" if worst < 1e-10 else "fail", {"error": worst, "bound": 1e-10}
+
+
+def main(stage):
+    if INTERPRETED:
+        import interpreter
+
+        interpreter.mend()
+    torch.manual_seed(0)
+    name = stage.part
+    operator, device = EVERY[name], torch.device(stage.device)
+    types = (torch.bfloat16, torch.float32)
+    for label, shape in shapes(stage.rehearse):
+        if shape.length <= LONGEST_LOOP:
+            stage.attempt(
+                f"{name}, {label}, float64",
+                lambda shape=shape: check_reference(operator, shape, device),
+            )
+        for dtype in (*types, torch.float16) if label == "3 heads" else types:
+            stage.attempt(
+                f"{name}, {label}, L {shape.length}, {str(dtype)[6:]}",
+                lambda shape=shape, dtype=dtype: check(operator, shape, dtype, device),
+            )
+    if name in OPERATORS:
+        shape, share = million(stage.rehearse)
+        stage.attempt(
+            f"{name}, L {shape.length}, bfloat16",
+            lambda: check(operator, shape, torch.bfloat16, device, share),
+        )
+
+
+if __name__ == "__main__":
+    main(Stage.from_arguments("correctness"))

@@ -1,0 +1,57 @@
+"""Where Triton's interpreter, which runs kernels on CPU tensors, computes otherwise than a card."""
+
+import contextlib
+from unittest.mock import patch
+
+import numpy as np
+from triton.language import bfloat16, float32
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_product = InterpreterBuilder.create_dot
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def mend():
+    """Corrects the interpreter: it takes bfloat16 for integers in products, and of Triton 3.6's a
+    numpy that is newer than it makes no bounds of loops.
+    """
+
+    def widened(builder, a, b, *others):
+        a, b = (builder.cast_impl(z, float32) if z.dtype.scalar == bfloat16 else z for z in (a, b))
+        return _product(builder, a, b, *others)
+
+    def patched(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda z: int(z.handle.data.item()))
+
+    InterpreterBuilder.create_dot = widened
+    interpreter._patch_lang_tensor = patched
+
+
+@contextlib.contextmanager
+def tensor_cores():
+    """Products of float32 as cards compute them in TF32, with what that loses.
+
+    Factors lose all but 10 digits. Eight products at a time are added to the sum, which is cut to
+    24 digits, always towards zero: over many small terms that adds up.
+    """
+
+    def product(builder, a, b, total, *others):
+        if a.dtype.scalar != float32:
+            return _product(builder, a, b, total, *others)
+        left, right = (_cut_to_tf32(z.data) for z in (a, b))
+        sums = total.data.astype(np.float32)
+        for k in range(0, left.shape[-1], 8):
+            exact = sums + left[..., k : k + 8] @ right[..., k : k + 8, :]
+            sums = exact.astype(np.float32)
+            beyond = np.abs(sums.astype(np.float64)) > np.abs(exact)
+            sums = np.where(beyond, np.nextafter(sums, np.float32(0)), sums)
+        return TensorHandle(sums, total.dtype.scalar)
+
+    with patch.object(InterpreterBuilder, "create_dot", product):
+        yield
+
+
+def _cut_to_tf32(z):
+    return (z.view(np.int32) & -(2**13)).view(np.float32).astype(np.float64)
