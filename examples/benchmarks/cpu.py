@@ -20,6 +20,9 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
+from megalodon_mcore.kernels.cema import cema
+from megalodon_mcore.kernels.timestep_norm import timestep_norm
+
 import models
 from measure import (
     backward_of,
@@ -30,11 +33,8 @@ from measure import (
     peak_extra_bytes,
     read_bandwidth,
 )
-from megalodon_mcore.kernels.cema import cema
-from megalodon_mcore.kernels.timestep_norm import timestep_norm
-from peer_process import peer_seconds
-
 from megalodon_mcore.allocator import keep_freed_memory
+from peer_process import peer_seconds
 
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
 

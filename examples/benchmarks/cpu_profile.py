@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models
-from measure import backward_of, cema_inputs, gemm_peak, machine, median_seconds
 from megalodon_mcore.kernels.cema import cema, coefficients
 from megalodon_mcore.kernels.cema.portable import block_map
-from operators import OPERATORS, Shape
 
+import models
+from measure import backward_of, cema_inputs, gemm_peak, machine, median_seconds
 from megalodon_mcore.allocator import keep_freed_memory
+from operators import OPERATORS, Shape
 
 BATCH = 2
 PRODUCTS = "products of the projections"

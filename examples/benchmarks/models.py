@@ -105,20 +105,50 @@ def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES)
     )
 
 
-def gpt(dtype: torch.dtype, length: int) -> torch.nn.Module:
-    """Megatron's GPT with about as many parameters: 8 heads, an FFN of 4 widths."""
+def gpt(
+    dtype: torch.dtype, length: int, sizes: dict[str, int] = SIZES, fused: bool = False
+) -> torch.nn.Module:
+    """Megatron's GPT with about as many parameters: 8 heads, an FFN of 4 widths.
+
+    fused: attention by torch's scaled_dot_product_attention, with heads of 128; it needs no mask.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    hidden_size = SIZES["hidden_size"]
-    config = transformer_config(dtype, num_attention_heads=8, ffn_hidden_size=4 * hidden_size)
+    hidden_size = sizes["hidden_size"]
+    heads = max(1, hidden_size // 128) if fused else 8
+    spec = get_gpt_layer_local_spec()
+    if fused:
+        spec.submodules.self_attention.submodules.core_attention = FusedAttention
     return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(),
-        vocab_size=SIZES["vocabulary"],
+        config=transformer_config(
+            dtype, sizes, num_attention_heads=heads, ffn_hidden_size=4 * hidden_size
+        ),
+        transformer_layer_spec=spec,
+        vocab_size=sizes["vocabulary"],
         max_sequence_length=length,
         position_embedding_type="rope",
     )
+
+
+class FusedAttention(torch.nn.Module):
+    """Causal attention of Megatron's [length, batch, heads, width] by torch's fused kernels."""
+
+    def __init__(self, **unused: Any) -> None:  # noqa: ANN401
+        super().__init__()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *unused: Any,  # noqa: ANN401
+        **also_unused: Any,  # noqa: ANN401
+    ) -> torch.Tensor:
+        """[length, batch, heads * width]."""
+        given = (z.permute(1, 2, 0, 3) for z in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(*given, is_causal=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def forward_backward(
@@ -136,8 +166,10 @@ def forward_backward(
     return run
 
 
-def training_step(model: torch.nn.Module, batch: int, length: int) -> Callable[[], None]:
-    """Forward, backward, Megatron's DDP and its Adam."""
+def training_step(
+    model: torch.nn.Module, batch: int, length: int, masked: bool = True
+) -> Callable[[], None]:
+    """Forward, backward, Megatron's DDP and its Adam, where the model's parameters are."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -161,9 +193,10 @@ def training_step(model: torch.nn.Module, batch: int, length: int) -> Callable[[
         ),
         [ddp],
     )
-    tokens = torch.randint(SIZES["vocabulary"], (batch, length))
-    positions = torch.arange(length).expand(batch, length)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu_(1)
+    device = next(model.parameters()).device
+    tokens = torch.randint(model.vocab_size, (batch, length), device=device)
+    positions = torch.arange(length, device=device).expand(batch, length)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu_(1) if masked else None
 
     def run() -> None:
         ddp.zero_grad_buffer()
@@ -175,11 +208,11 @@ def training_step(model: torch.nn.Module, batch: int, length: int) -> Callable[[
     return run
 
 
-def matrix_flops(batch: int, length: int) -> float:
+def matrix_flops(batch: int, length: int, sizes: dict[str, int] = SIZES) -> float:
     """Flops of the matrix products of forward and backward passes: projections and attention."""
-    d, z, e, f = (SIZES[name] for name in ("hidden_size", "z_dim", "value_dim", "ffn"))
+    d, z, e, f = (sizes[name] for name in ("hidden_size", "z_dim", "value_dim", "ffn"))
     projections = d * z + 2 * d * e + (d + e) * d + 2 * d * f
     # Half of a chunk's products is above the diagonal.
-    attention = (z + e) * SIZES["chunk"] / 2
-    per_token = SIZES["layers"] * (projections + attention) + d * SIZES["vocabulary"]
+    attention = (z + e) * min(length, sizes["chunk"]) / 2
+    per_token = sizes["layers"] * (projections + attention) + d * sizes["vocabulary"]
     return 6 * per_token * batch * length

@@ -86,8 +86,8 @@ class Operator(NamedTuple):
     def last(self, shape: Shape, share: int) -> tuple[Shape, Callable[[Tensor], Tensor]]:
         """The last `share`-th of a problem, a problem of its own, and what cuts it out of a tensor.
 
-        Channels, with their groups and parameters. Length or chunks: of all that has a length; it
-        begins with a chunk, and parameters stay whole.
+        Channels, with their groups and parameters. Of what has a length: the last whole chunk and
+        what follows it, whatever `share` is; parameters stay whole.
         """
         if self.sliced == "channels":
             part = shape.divided(share)
@@ -98,7 +98,7 @@ class Operator(NamedTuple):
                 return z[..., -(part.channels if z.shape[-1] == shape.channels else part.groups) :]
 
             return part, cut
-        first = (shape.length - 1) // shape.chunk * shape.chunk
+        first = max(0, (shape.length - 1) // shape.chunk - 1) * shape.chunk
         part = shape._replace(length=shape.length - first)
         return part, lambda z: z[:, first:] if z.shape[:2] == shape[:2] else z
 

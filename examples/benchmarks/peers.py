@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megalodon_mcore.kernels.cema import coefficients, powers
 from torch import Tensor
+from torch.nn import functional
+
+from operators import EPS, Shape
 
 
 def cema_by_fft(
@@ -42,8 +46,101 @@ def attention_by_split_heads(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Ten
     q, k = (z.repeat_interleave(parts, dim=2) for z in (q, k))
     v = v.unflatten(-1, (parts, width)).flatten(2, 3)
     q, k, v = (z.unflatten(1, (-1, chunk)).flatten(0, 1).transpose(1, 2) for z in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
     return out.transpose(1, 2).reshape(batch, length, heads, parts * width)
+
+
+class _Panels(torch.autograd.Function):
+    """Causal attention of [n, C, d] by batched products over panels of rows, weights taken anew."""
+
+    PANEL = 512
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN401
+        out = torch.empty_like(v)
+        for rows, weights in _Panels.weights(q, k):
+            torch.bmm(weights, v[:, : rows.stop], out=out[:, rows])
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+        q, k, v, out = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (out * grad).sum(-1, keepdim=True)
+        for rows, weights in _Panels.weights(q, k):
+            seen = slice(rows.stop)
+            scores = weights * (torch.bmm(grad[:, rows], v[:, seen].mT) - delta[:, rows])
+            torch.bmm(scores, k[:, seen], out=grad_q[:, rows])
+            grad_k[:, seen].baddbmm_(scores.mT, q[:, rows])
+            grad_v[:, seen].baddbmm_(weights.mT, grad[:, rows])
+        return grad_q, grad_k, grad_v
+
+    @staticmethod
+    def weights(q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The softmax of each panel, in q's type."""
+        for start in range(0, q.shape[1], _Panels.PANEL):
+            rows = slice(start, min(start + _Panels.PANEL, q.shape[1]))
+            scores = torch.bmm(q[:, rows], k[:, : rows.stop].mT)
+            size = rows.stop - start
+            future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
+            scores[:, :, start:].masked_fill_(future, -torch.inf)
+            yield rows, scores.softmax(-1)
+
+
+def attention_by_panels(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
+    """Chunked attention by plain products in the inputs' type; whole chunks alone."""
+    batch, _, heads, _ = q.shape
+    packed = (
+        z.unflatten(1, (-1, chunk)).transpose(2, 3).flatten(0, 2).contiguous() for z in (q, k, v)
+    )
+    out = _Panels.apply(*packed)
+    return out.unflatten(0, (batch, -1, heads)).transpose(2, 3).flatten(1, 2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * (weight + 1)
+
+
+def _timestep_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    scalars = x.float().unflatten(-1, (shape.groups, -1))
+    steps = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+    mean = (scalars.mean(-1).cumsum(1) / steps)[..., None]
+    var = (scalars.square().mean(-1).cumsum(1) / steps)[..., None] - mean.square()
+    normed = ((scalars - mean) * torch.rsqrt(var + EPS)).flatten(-2)
+    return ((normed * (weight + 1) + bias).to(x.dtype),)
+
+
+def _query_key(shape: Shape, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    width = z.shape[-1]
+    scale, shift = (w.unflatten(-1, (-1, width)) for w in (weight, bias))
+    normed = _rms_norm(z, torch.zeros((), device=z.device)) / math.sqrt(width)
+    frequency = 1e4 ** (-torch.arange(0, width, 2, device=z.device) / width)
+    position = torch.arange(z.shape[1], device=z.device) % shape.chunk
+    turn = (position[:, None] * frequency)[:, None]
+    cos, sin = turn.cos(), turn.sin()
+    results = []
+    for row in range(2):
+        even, odd = (normed * (scale[row] + 1) + shift[row]).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        results.append(turned.flatten(-2).to(z.dtype))
+    return tuple(results)
+
+
+# What torch.compile is given: the operators as one would write them down, in float32 inside.
+PLAIN: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "TimestepNorm": _timestep_norm,
+    "RMSNorm": lambda shape, x, weight: (_rms_norm(x, weight).to(x.dtype),),
+    "LayerNorm": lambda shape, x, weight, bias: (
+        functional.layer_norm(x.float(), x.shape[-1:], weight + 1, bias, EPS).to(x.dtype),
+    ),
+    "query and key": _query_key,
+    "gate": lambda shape, gate, x: ((functional.silu(gate.float()) * x).to(x.dtype),),
+    "SwiGLU": lambda shape, hidden: (
+        (functional.silu(hidden.chunk(2, -1)[0].float()) * hidden.chunk(2, -1)[1]).to(hidden.dtype),
+    ),
+}
 
 
 def megalodon_hf(folder: Path) -> Any:  # noqa: ANN401

@@ -42,7 +42,7 @@ def jobs(size, types, capability, length=4096):
 
 
 def compile_rows(stage, work):
-    """Compiles (capability, case, launch) in as many processes as there are, and adds a row each."""
+    """Compiles (capability, case, launch) in many processes at once, and adds a row for each."""
     pending = dict(enumerate(work))
     for place, result in compile_all([(launch, card) for card, _, launch in work]):
         card, case, launch = pending.pop(place)
@@ -61,14 +61,14 @@ def compile_rows(stage, work):
 
 
 def parts(stage):
-    """(capability, size, types) of a part such as `90:200m:bfloat16,float16 80:7b-paper:float32`."""
+    """(capability, size, types) of a part such as `90:200m:bfloat16,float16 80:1.3b:float32`."""
     for words in stage.part.split():
         card, size, types = words.split(":")
         yield int(card), size, [getattr(torch, name) for name in types.split(",")]
 
 
 if __name__ == "__main__":
-    stage = Stage.from_arguments("compile")
+    stage = Stage.from_arguments()
     work = {}
     for card, size, types in parts(stage):
         for case, launch in jobs(size, types, card):

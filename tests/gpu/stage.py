@@ -20,18 +20,19 @@ class Stage:
     A row is a JSON object of a line: stage, case, verdict, and what was found.
     """
 
-    def __init__(self, name, rows, seconds, rehearse, part=""):
-        self.name, self.path, self.rehearse, self.part = name, Path(rows), rehearse, part
+    def __init__(self, stage, rows, seconds, rehearse, part=""):
+        self.name, self.path, self.rehearse, self.part = stage, Path(rows), rehearse, part
         self.deadline = time.monotonic() + seconds
 
     @classmethod
-    def from_arguments(cls, name):
+    def from_arguments(cls):
         parser = argparse.ArgumentParser()
+        parser.add_argument("--stage", required=True)
         parser.add_argument("--rows", required=True)
         parser.add_argument("--seconds", type=float, required=True)
         parser.add_argument("--rehearse", action="store_true")
         parser.add_argument("--part", default="")
-        return cls(name, **vars(parser.parse_args()))
+        return cls(**vars(parser.parse_args()))
 
     @property
     def device(self):

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for cards that are not here, by the oldest and the pinned Triton.
+"""Every Triton kernel compiles for cards that are not here, by this Triton.
 
 The launches are those that the operators make for tensors of real sizes, on the meta device. The
 machine code tells registers, spills and the shared memory of a block.
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from ahead_of_time import launches
 from compiling import EVERY, train
 from operators import OPERATORS, SIZES, Shape
 from stage import MODULES
-
-OLDEST = Path(sys.prefix) / "triton-oldest"
 
 
 @lru_cache
@@ -48,26 +45,29 @@ def test_all_kernels_are_launched():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["pinned", "oldest"])
-def test_compiles_without_spills(version, tmp_path):
-    """For 8.0, 9.0 and 10.0, as tests/gpu.sh does it for the card that it finds."""
+def test_compiles_without_spills(tmp_path):
+    """For 8.0, 9.0 and 10.0; tests/test_gpu_rehearsal.py does so with the oldest Triton."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    paths = MODULES
-    if version == "oldest":
-        if not OLDEST.exists():
-            pytest.skip("the oldest Triton is missing; tests/run.sh installs it")
-        paths = [*paths, str(OLDEST)]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment["PYTHONPATH"] = os.pathsep.join(MODULES)
     file = tmp_path / "rows"
-    command = [sys.executable, "-m", "compiling", "--rows", file]
     part = " ".join(f"{card}:7b-paper:bfloat16,float32" for card in (80, 90, 100))
-    command += ["--seconds", "900", "--rehearse", "--part", part]
-    subprocess.run(command, env=environment, check=True, timeout=1000)
+    command = [
+        sys.executable,
+        "-m",
+        "compiling",
+        "--stage",
+        "compile",
+        "--rows",
+        file,
+        "--part",
+        part,
+        "--rehearse",
+    ]
+    subprocess.run([*command, "--seconds", "900"], env=environment, check=True, timeout=1000)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["capability"] for row in rows} == {80, 90, 100}
-    assert {row["kernel"] for row in rows} >= {
-        launch.name for name in EVERY for launch in launched(name)
-    }
+    launches = {launch.name for name in EVERY for launch in launched(name)}
+    assert {row["kernel"] for row in rows} >= launches
     for row in rows:
         assert row["verdict"] == "pass", row
 

@@ -1,0 +1,75 @@
+"""Stage 3: a small case of every operator under compute-sanitizer's memcheck.
+
+Where it is missing, as in a rehearsal, the cases run without it and the row says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from compiling import EVERY
+from operators import Shape
+from stage import Stage
+
+
+def small(device):
+    """Forward and backward of every operator on ragged sizes."""
+    shape = Shape(2, 77, 24, 3, 3, 32, 64, 24, 80)
+    for operator in EVERY.values():
+        for dtype in (torch.bfloat16, torch.float32)[: 1 if device.type == "cpu" else 2]:
+            leaves = operator.inputs(shape, dtype, device)
+            outputs = operator.run(shape, *leaves)
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(stage):
+    # Each tensor is an allocation of its own, so that one place beyond it is outside.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "memcheck",
+        "--stage",
+        "memcheck",
+        "--rows",
+        "",
+        "--seconds",
+        "0",
+    ]
+    command += ["--part", "small"] + (["--rehearse"] if stage.rehearse else [])
+    tool = None if stage.rehearse else shutil.which("compute-sanitizer")
+    if tool:
+        command = [tool, "--tool", "memcheck", "--error-exitcode", "86", *command]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=max(1, stage.left)
+        )
+    except subprocess.TimeoutExpired:
+        stage.add("small cases", "cut")
+        return
+    last = (done.stdout + done.stderr).strip().splitlines()[-6:]
+    if done.returncode:
+        stage.add("small cases", "fail", problem=f"exit status {done.returncode}: {last}"[-600:])
+        return
+    stage.add("small cases", "pass")
+    if not tool:
+        stage.add("compute-sanitizer", "missing", problem="the cases ran without it")
+
+
+if __name__ == "__main__":
+    stage = Stage.from_arguments()
+    if stage.part == "small":
+        from comparing import INTERPRETED
+
+        if INTERPRETED:
+            import interpreter
+
+            interpreter.mend()
+        small(torch.device(stage.device))
+    else:
+        main(stage)

@@ -1,0 +1,123 @@
+"""Stage 5: whole training steps beside Megatron's GPT, decoding after short and long prompts."""
+
+import gc
+from importlib.util import find_spec
+
+import torch
+
+import models
+from clock import ceilings, seconds
+from stage import Stage
+
+SIZES_1_3B = {"layers": 4, "hidden_size": 2048, "heads": 2, "z_dim": 512, "value_dim": 4096}
+SIZES_1_3B |= {"ffn": 4864, "chunk": 2048, "groups": 64, "vocabulary": 256}
+TINY = {"layers": 2, "hidden_size": 64, "heads": 2, "z_dim": 32, "value_dim": 64}
+TINY |= {"ffn": 96, "chunk": 16, "groups": 4, "vocabulary": 64}
+
+
+def problems(rehearse):
+    """(label, sizes, tokens of a step, lengths); a stack has a vocabulary of bytes."""
+    if rehearse:
+        return [("tiny", TINY, 64, (32, 64))]
+    return [
+        ("200m", models.SIZES_200M, 32768, (4096, 32768, 131072)),
+        ("4 layers of 1.3b", SIZES_1_3B, 32768, (4096, 32768, 131072)),
+    ]
+
+
+def step(stage, build, sizes, batch, length, best):
+    """Tokens/s, share of the peak and memory of a step."""
+    gc.collect()
+    model = build()
+    parameters = sum(z.numel() for z in model.parameters())
+    if not stage.rehearse:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        model = model.cuda()
+    run = models.training_step(model, batch, length, masked=False)
+    time = seconds(stage, run, spent=2)
+    found = {"parameters": parameters, "batch": batch}
+    if not stage.rehearse:
+        found |= {"tokens_per_s": batch * length / time, "ms": 1e3 * time}
+        found["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        if sizes:
+            found["peak_share"] = models.matrix_flops(batch, length, sizes) / time / best.flops
+    return "figure", found
+
+
+def decode(stage, prompt, best):
+    """A token of the Hugging Face model after a prompt, beside reading its weights once."""
+    from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
+
+    sizes = TINY if stage.rehearse else models.SIZES_200M
+    config = MegalodonConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["layers"],
+        intermediate_size=sizes["ffn"],
+        z_dim=sizes["z_dim"],
+        value_dim=sizes["value_dim"],
+        norm_num_groups=sizes["groups"],
+        chunk_size=sizes["chunk"],
+    )
+    with torch.device(stage.device):
+        model = MegalodonForCausalLM(config).to(torch.bfloat16).eval()
+        tokens = torch.randint(sizes["vocabulary"], (1, prompt))
+    with torch.inference_mode():
+        state = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        token = tokens[:, -1:]
+        time = seconds(stage, lambda: model(token, past_key_values=state, use_cache=True))
+    if stage.rehearse:
+        return "figure", {}
+    size = sum(z.numel() * z.element_size() for z in model.parameters())
+    return "figure", {"ms": 1e3 * time, "weights_ms": 1e3 * size / best.bandwidth}
+
+
+def fitting(function):
+    """What does not fit in the card's memory is no fault."""
+
+    def run():
+        try:
+            return function()
+        except torch.OutOfMemoryError as error:
+            return "missing", {"problem": f"out of memory: {error}"[:200]}
+
+    return run
+
+
+def main(stage):
+    best = ceilings(stage)
+    if find_spec("transformers"):
+        for prompt in (24, 40) if stage.rehearse else (1024, 131072):
+            stage.attempt(
+                f"decode a token after {prompt}",
+                fitting(lambda prompt=prompt: decode(stage, prompt, best)),
+                least=5,
+            )
+    else:
+        stage.add("decode", "missing", problem="transformers is not installed")
+    if not find_spec("megatron"):
+        stage.add("steps", "missing", problem="no megatron-core; --wheels names a folder with one")
+        return
+    with models.megatron():
+        for label, sizes, tokens, lengths in problems(stage.rehearse):
+            for length in lengths:
+                compare(stage, label, sizes, max(1, tokens // length), length, best)
+
+
+def compare(stage, label, sizes, batch, length, best):
+    """A row of Megalodon's step and one of the GPT's."""
+    ways = {
+        "Megalodon": (lambda: models.megalodon(torch.bfloat16, sizes), sizes),
+        "Megatron's GPT": (lambda: models.gpt(torch.bfloat16, length, sizes, fused=True), None),
+    }
+    for way, (build, counted) in ways.items():
+
+        def measure(build=build, counted=counted):
+            return step(stage, build, counted, batch, length, best)
+
+        stage.attempt(f"{label}, L {length}: {way}", fitting(measure), least=5)
+
+
+if __name__ == "__main__":
+    main(Stage.from_arguments())
