@@ -6,11 +6,13 @@ it gives Megatron's `pretrain` a batch, a loss and datasets, and adds the `--meg
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from megalodon_mcore import missing_kernels
 from megalodon_mcore.config import INIT_MODES, SIZES
+from megalodon_mcore.options import check_arguments, refusals_of_pretrain
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -96,7 +99,7 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(add_megalodon_arguments)
+    args = parse_args(_prepare_parser)
     if args.use_checkpoint_args:
         if args.load is None:
             raise SystemExit(
@@ -116,6 +119,16 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     set_global_variables(args)
     return args
+
+
+def _prepare_parser(parser: ArgumentParser) -> ArgumentParser:
+    """Adds our arguments, and refuses what is given and not honoured before Megatron acts on it."""
+    add_megalodon_arguments(parser)
+    try:
+        check_arguments(parser.parse_known_args()[0], parser, refusals_of_pretrain())
+    except ValueError as error:
+        raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
+    return parser
 
 
 def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
@@ -428,6 +441,9 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=sequences_per_dataset(args.per_dataset_sequences_path),
     )
 
     def is_needed_here() -> bool:
@@ -438,6 +454,11 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset, num_samples, is_needed_here, config
     ).build()
+
+
+def sequences_per_dataset(path: str | None) -> dict[str, int] | None:
+    """How many sequences every dataset has, from the JSON file of --per-dataset-sequences-path."""
+    return json.loads(Path(path).read_text()) if path else None
 
 
 def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:

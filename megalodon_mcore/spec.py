@@ -15,6 +15,7 @@ import logging
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -38,6 +39,7 @@ from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
 from megalodon_mcore.layers.emulated_fp8 import with_emulated_fp8
 from megalodon_mcore.layers.initialization import embedding_initializer
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS, MegalodonLayerSubmodules
+from megalodon_mcore.options import check_megatron_arguments
 from megalodon_mcore.validation import (
     check_fp8_sizes,
     check_layout,
@@ -124,10 +126,12 @@ class MegalodonSpec:
         Raises:
             ValueError: as block_submodules.
         """
+        arguments = _megatron_arguments()
+        if arguments is not None:
+            check_megatron_arguments(arguments)
         check_supported(config, position_embedding_type)
         self.layer_submodules(config)
         megalodon = self.resolve(config)
-        arguments = _megatron_arguments()
         sequence_order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
         seq_length = getattr(arguments, "seq_length", None)
         check_layout(config, megalodon, sequence_order, seq_length)
@@ -184,6 +188,7 @@ class MegalodonSpec:
         if arguments is not None:
             for name, value in dataclasses.asdict(resolved).items():
                 setattr(arguments, ARGUMENT_PREFIX + name, value)
+            _say_what_the_checkpoint_had(arguments, resolved)
         return resolved
 
     def _warn_of_differences(self, config: TransformerConfig) -> None:
@@ -212,6 +217,29 @@ def values_in_checkpoint(arguments: Namespace) -> dict[str, Any]:
 
     loaded = load_args_from_checkpoint(copy.copy(arguments))
     return values_in_arguments(loaded[1]) if isinstance(loaded, tuple) else {}
+
+
+def _say_what_the_checkpoint_had(arguments: Namespace, resolved: ResolvedMegalodonConfig) -> None:
+    """A line for each value that is another than that which --load was trained with."""
+    folder = getattr(arguments, "load", None)
+    if folder is None or getattr(arguments, "rank", 0) != 0:
+        return
+    for line in _differences(folder, resolved):
+        logger.warning(line)
+
+
+@functools.lru_cache
+def _differences(folder: str, resolved: ResolvedMegalodonConfig) -> list[str]:
+    """Looked up once a run; an empty list where nothing was saved yet."""
+    arguments = _megatron_arguments()
+    if not (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
+        return []
+    return [
+        f"--megalodon-{name.replace('_', '-')} is {getattr(resolved, name)}; the checkpoint in "
+        f"--load {folder} was trained with {value}."
+        for name, value in values_in_checkpoint(arguments).items()
+        if getattr(resolved, name) != value
+    ]
 
 
 def _megatron_arguments() -> Namespace | None:

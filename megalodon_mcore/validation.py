@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
 
 from megalodon_mcore.accounting import ModelShape
 from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.options import check_configuration
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.layout import check_layout as check_cuts
 
@@ -38,20 +40,21 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
             f"--expert-model-parallel-size is {config.expert_model_parallel_size}, but Megalodon "
             "has no experts; take 1."
         )
+    if config.activation_func is not F.silu and (
+        config.gated_linear_unit or config.activation_func is not F.gelu
+    ):
+        # Ungated GELU is Megatron's default: nobody asked for it.
+        name = getattr(config.activation_func, "__name__", config.activation_func)
+        raise ValueError(
+            f"The activation function is {name}, but Megalodon's FFN computes SiLU; leave out "
+            "--squared-relu and --quick-geglu, and take --swiglu for a gated one."
+        )
+    # What the table of arguments has under another name.
     for unsupported, argument in (
         (config.num_moe_experts, "--num-experts"),
-        (config.multi_latent_attention, "--multi-latent-attention"),
-        (config.mtp_num_layers, "--mtp-num-layers"),
         (config.fp8_param, "--fp8-param-gather"),
         (config.fp8_dot_product_attention, "--fp8-dot-product-attention"),
         (config.fp8_multi_head_attention, "--fp8-multi-head-attention"),
-        (config.fp4, "--fp4-format"),
-        (config.delay_wgrad_compute, "--delay-wgrad-compute"),
-        (config.cuda_graph_impl != "none", "--cuda-graph-impl"),
-        (config.use_mup, "--use-mup"),
-        (config.qk_layernorm, "--qk-layernorm"),
-        (config.fine_grained_activation_offloading, "--fine-grained-activation-offloading"),
-        (config.inference_fuse_tp_communication, "--inference-fuse-tp-communication"),
     ):
         if unsupported:
             raise ValueError(f"{argument} is set, which Megalodon cannot honour; leave it out.")
@@ -87,6 +90,7 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
                 f"--recompute-modules has {' '.join(unknown)}; Megalodon recomputes "
                 f"{' and '.join(RECOMPUTE_MODULES)}."
             )
+    check_configuration(config)
 
 
 def check_layout(

@@ -33,6 +33,7 @@ def transformer_config(
         "num_attention_heads": heads,
         "ffn_hidden_size": ffn,
         "gated_linear_unit": swiglu,
+        "activation_func": torch.nn.functional.silu,
         "layernorm_epsilon": EPS,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

@@ -216,6 +216,25 @@ def test_checkpoint_wins_over_named_size_alone_and_where_asked_for(
     assert (resolved.cema_ndim, resolved.z_dim) == (20, 16)
 
 
+def test_a_checkpoints_value_that_another_overrides_is_said(
+    arguments, monkeypatch, tmp_path, caplog
+):
+    from megatron.training import checkpointing
+
+    stored = Namespace(megalodon_chunk_size=8, megalodon_cema_ndim=16)
+    monkeypatch.setattr(checkpointing, "load_args_from_checkpoint", lambda given: (given, stored))
+    arguments.load, arguments.megalodon_chunk_size = str(tmp_path), 24
+    with caplog.at_level(logging.WARNING, logger="megalodon_mcore.spec"):
+        MegalodonSpec().resolve(transformer_config())
+        assert not caplog.records  # nothing was saved there yet
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+        arguments.load = f"{tmp_path}/"
+        MegalodonSpec().resolve(transformer_config())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--megalodon-chunk-size is 24; the checkpoint in --load {tmp_path}/ was trained with 8."
+    ]
+
+
 def test_missing_checkpoint_changes_nothing(arguments, monkeypatch):
     from megatron.training import checkpointing
 

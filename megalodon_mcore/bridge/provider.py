@@ -23,6 +23,7 @@ from megalodon_mcore.config import (
     config_from_environment,
 )
 from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.options import refusal, refusals
 from megalodon_mcore.spec import ARGUMENT_PREFIX, MegalodonSpec
 from megalodon_mcore.validation import check_layout
 
@@ -49,7 +50,8 @@ class MegalodonModelProvider(GPTModelProvider):
     """Builds a Megalodon from Megatron's configuration and `megalodon_*` values.
 
     Those are `megalodon_mcore.config.MegalodonConfig`'s, None where they follow from hidden_size.
-    The environment variable MEGALODON_CONFIG comes before them.
+    What is set on a provider comes before the environment variable MEGALODON_CONFIG, and that
+    before the values of the model that `of` was given.
     """
 
     transformer_layer_spec: Callable = megalodon_block_spec
@@ -88,7 +90,9 @@ class MegalodonModelProvider(GPTModelProvider):
             fields = _fields_of_size(model)
         else:
             fields = _fields_of_architecture(model)
-        return cls(**(fields | values))
+        provider = cls(**(fields | values))
+        provider._models_own = {name: z for name, z in fields.items() if name not in values}
+        return provider
 
     def finalize(self) -> None:
         """Checks all values once they are set, before anything is built.
@@ -97,9 +101,16 @@ class MegalodonModelProvider(GPTModelProvider):
             ValueError: a value does not fit; one sentence names it and what would work.
         """
         for name, value in config_from_environment().items():
-            setattr(self, ARGUMENT_PREFIX + name, value)
+            if not self._is_set(ARGUMENT_PREFIX + name):
+                setattr(self, ARGUMENT_PREFIX + name, value)
         if self.megalodon_num_heads is None:
             self.megalodon_num_heads = self.num_attention_heads
+        for name, derived in (
+            ("kv_channels", self.hidden_size // self.num_attention_heads),
+            ("num_query_groups", self.num_attention_heads),
+        ):
+            if getattr(self, name) not in (None, derived):
+                raise ValueError(refusal(name, getattr(self, name), refusals()[name]))
         # Ranks can share a Megalodon head; Megatron wants a multiple, which no layer goes by.
         heads = math.lcm(self.megalodon_num_heads, self.tensor_model_parallel_size)
         self.num_attention_heads = self.num_query_groups = heads
@@ -157,6 +168,13 @@ class MegalodonModelProvider(GPTModelProvider):
             attention_dropout=self.attention_dropout,
             **dataclasses.asdict(self.resolved()),
         )
+
+    def _is_set(self, name: str) -> bool:
+        """Whether somebody gave a field another value than the class or the model has for it."""
+        own = getattr(self, "_models_own", {}).get(
+            name, type(self).__dataclass_fields__[name].default
+        )
+        return getattr(self, name) != own
 
     def _own_values(self) -> dict[str, Any]:
         names = (field.name for field in dataclasses.fields(MegalodonConfig))

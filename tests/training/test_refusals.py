@@ -3,6 +3,8 @@
 import re
 
 import pytest
+from megatron.core.activations import squared_relu
+from torch.nn import functional as F
 
 from building import transformer_config
 from megalodon_mcore.config import SIZES, MegalodonConfig
@@ -19,7 +21,7 @@ REFUSED = {
     "expert_model_parallel_size": (2, "--expert-model-parallel-size is 2"),
     "hierarchical_context_parallel_sizes": ([1, 2], "--hierarchical-context-parallel-sizes is set"),
     "num_moe_experts": (4, "--num-experts is set"),
-    "mtp_num_layers": (1, "--mtp-num-layers is set"),
+    "mtp_num_layers": (1, "--mtp-num-layers is 1, but Megalodon's layers are one kind of block"),
     "multi_latent_attention": (True, "--multi-latent-attention is set"),
     "fp8": ("hybrid", "--fp8-format is hybrid, but only Transformer Engine's"),
     "fp8_param": (True, "--fp8-param-gather is set"),
@@ -27,9 +29,28 @@ REFUSED = {
     "transformer_impl": ("inference_optimized", "--transformer-impl is inference_optimized; "),
     "use_mup": (True, "--use-mup is set"),
     "qk_layernorm": (True, "--qk-layernorm is set"),
-    "cuda_graph_impl": ("local", "--cuda-graph-impl is set"),
+    "cuda_graph_impl": ("local", "--cuda-graph-impl is local"),
+    "activation_func": (squared_relu, "activation function is squared_relu, but Megalodon's FFN"),
+    "window_size": ((8, 0), "--window-size is 8 0"),
+    "attention_output_gate": (True, "--attention-output-gate is set"),
+    "layernorm_zero_centered_gamma": (True, "--apply-layernorm-1p is set"),
+    "normalization": ("L2Norm", "--normalization is L2Norm"),
+    "init_method_std": (0.5, "--init-method-std is 0.5"),
+    "rotary_interleaved": (True, "--rotary-interleaved is set"),
+    "apply_residual_connection_post_layernorm": (True, "--apply-residual-connection-post-layern"),
+    "fp32_residual_connection": (True, "--fp32-residual-connection is set"),
+    "softmax_type": ("learnable", "--softmax-type is learnable"),
     "num_query_groups": (1, "--num-query-groups is 1"),
 }
+
+
+def test_gelu_is_refused_where_somebody_asked_for_it():
+    """Ungated, it is Megatron's default."""
+    config = transformer_config(activation_func=F.gelu)
+    check_supported(config, "none")
+    config.gated_linear_unit = True
+    with pytest.raises(ValueError, match="is gelu, but Megalodon's FFN computes SiLU"):
+        check_supported(config, "none")
 
 
 @pytest.mark.parametrize("name", REFUSED)

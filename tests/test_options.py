@@ -1,0 +1,121 @@
+"""No argument of Megatron's parser is ignored: the census is whole, and refuses what it says."""
+
+import sys
+from argparse import ArgumentParser
+
+import pytest
+
+from megalodon_mcore import options, pretraining
+
+
+def parser():
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+
+
+PLACES = {
+    "Megatron": options.HONOURED_BY_MEGATRON,
+    "Megalodon": options.HONOURED_BY_MEGALODON,
+    "without effect": options.WITHOUT_EFFECT,
+    "refused": set(options.refusals_of_pretrain()),
+}
+
+
+def test_every_argument_has_one_place():
+    """A name that is missing here is new in the installed Megatron: place it in options.py."""
+    names = {action.dest for action in parser()._actions} - {"help"}
+    for name in names:
+        found = [place for place, placed in PLACES.items() if name in placed]
+        assert len(found) == 1, (name, found)
+
+
+def test_every_refused_argument_is_refused_by_the_name_it_is_written_with():
+    known = parser()
+    defaults = known.parse_args([])
+    refused = options.refusals_of_pretrain()
+    options.check_arguments(defaults, known, refused)
+    for action in known._actions:
+        if action.dest not in refused:
+            continue
+        before = getattr(defaults, action.dest)
+        setattr(defaults, action.dest, "another value")
+        options_of_it = [z.option_strings[-1] for z in known._actions if z.dest == action.dest]
+        with pytest.raises(ValueError, match=f"^({'|'.join(options_of_it)}) is another value.*"):
+            options.check_arguments(defaults, known, refused)
+        setattr(defaults, action.dest, before)
+
+
+TINY = (
+    *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "2"),
+    *("--seq-length", "48", "--max-position-embeddings", "48", "--micro-batch-size", "2"),
+    *("--train-iters", "4", "--lr", "1e-3", "--mock-data", "--tokenizer-type", "NullTokenizer"),
+    *("--vocab-size", "127"),
+)
+REFUSED = [
+    *("--squared-relu", "--openai-gelu", "--quick-geglu", "--add-qkv-bias", "--window-size 8,0"),
+    *("--rotary-percent 0.5", "--kv-channels 8", "--apply-layernorm-1p", "--init-method-std 0.5"),
+    *("--normalization LayerNorm", "--attention-output-gate", "--rotary-interleaved"),
+    *("--apply-residual-connection-post-layernorm", "--dataloader-inter-document-masking"),
+    *("--sft", "--rampup-batch-size 2 2 8", "--freeze-all-layers", "--fim-data", "--img-h 7"),
+    *("--moe-router-topk 4", "--attention-backend fused", "--yaml-cfg file"),
+]
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_pretrain_refuses(text, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *text.split()])
+    with pytest.raises(SystemExit, match=f"pretrain: {text.split()[0]} is .*leave it out"):
+        pretraining.parse_arguments()
+
+
+@pytest.mark.parametrize("text", ["--reset-position-ids", "--reset-attention-mask"])
+def test_masks_of_documents_are_refused_with_the_option_that_will_do(text, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, text])
+    with pytest.raises(SystemExit, match=f"{text} is set.*--dataloader-inter-document-masking"):
+        pretraining.parse_arguments()
+
+
+@pytest.fixture
+def stock_arguments(monkeypatch):
+    """Arguments as Megatron's own script has parsed and validated them."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megalodon_mcore import cpu
+
+    stand_in = cpu.install()
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+    def parse(*given):
+        fixed = ("--transformer-impl", "local", "--position-embedding-type", "none")
+        fusions = ("--no-gradient-accumulation-fusion", "--no-persist-layer-norm")
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *TINY, *fixed, *fusions, *given])
+        arguments = parse_args()
+        validate_args(arguments)
+        return arguments
+
+    yield parse
+    stand_in.undo()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (),
+        ("--swiglu", "--bf16", "--normalization", "RMSNorm", "--disable-bias-linear"),
+        ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+        ("--no-masked-softmax-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion"),
+        ("--recompute-activations", "--untie-embeddings-and-output-weights"),
+    ],
+)
+def test_megatrons_script_may_ask_for_what_it_does(given, stock_arguments):
+    options.check_megatron_arguments(stock_arguments(*given))
+
+
+@pytest.mark.parametrize(
+    "option", ["--openai-gelu", "--rotary-interleaved", "--reset-position-ids"]
+)
+def test_megatrons_script_is_refused_what_it_does_not(option, stock_arguments):
+    with pytest.raises(ValueError, match=option):
+        options.check_megatron_arguments(stock_arguments(option))
