@@ -63,3 +63,74 @@ def test_a_stage_that_dies_or_hangs_leaves_a_row(tmp_path, monkeypatch):
     assert found["dying"]["verdict"] == "fail" and "no luck" in found["dying"]["problem"]
     assert found["hanging"]["verdict"] == "cut"
     assert run_stages.finish(list(found.values()), []) == 1
+
+
+class OnACard:
+    """A stage that believes to be on a card, with tensors on the CPU; it keeps its rows."""
+
+    rehearse, device, part, left = False, "cpu", "", 1e3
+
+    def __init__(self):
+        self.rows = {}
+
+    def add(self, case, verdict, **found):
+        self.rows[case] = {"verdict": verdict, **found}
+
+    def attempt(self, case, function, least=0.0):
+        verdict, found = function()
+        self.add(case, verdict, **found)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every call takes 1 ms, every kernel half of one, at 10^12 bytes/s and 10^14 flop/s."""
+    import clock
+    import sweep
+    import timing
+
+    monkeypatch.setenv("MEGALODON_KERNELS", "torch")
+    for module in (timing, sweep):
+        monkeypatch.setattr(
+            module, "kernel_seconds", lambda stage, run: {"forward_kernel": 5e-4, "copy": 1e-5}
+        )
+    monkeypatch.setattr(timing, "seconds", lambda stage, run: run() and 1e-3)
+    monkeypatch.setattr(timing, "ceilings", lambda stage: clock.Ceilings(1e12, 1e14))
+    monkeypatch.setattr(timing, "card", lambda stage: {"card": "none"})
+    return clock
+
+
+def test_what_a_card_would_be_told(clock, monkeypatch):
+    """The arithmetic of shares and ratios, which a rehearsal has no times for."""
+    import timing
+
+    tiny = timing.SIZES["tiny"]
+    monkeypatch.setattr(timing.Shape, "named", lambda name, length: tiny)
+    monkeypatch.setattr(timing.torch, "compile", lambda function, dynamic: function)
+    stage = OnACard()
+    timing.main(stage)
+    attention = stage.rows["7b-paper attention: kernels"]
+    moved = timing.kernel_bytes(timing.OPERATORS["attention"], tiny, timing.torch.bfloat16)
+    flops = timing.OPERATORS["attention"].flops(tiny)
+    share = max(moved["forward_kernel"] / 1e12, flops[0] / 1e14) / 5e-4
+    assert attention["kernels"]["forward_kernel"]["share"] == pytest.approx(share)
+    assert attention["kernels"]["copy"] == {"ms": pytest.approx(1e-2)}
+    assert attention["both_share"] > attention["forward_share"] > 0
+    assert stage.rows["200m attention: bmm by panels"]["this_over_ours"] == 1
+    assert stage.rows["200m RMSNorm: torch.compile"]["difference"] < 1e-2
+    parts = timing.kernel_flops(tiny, flops)
+    assert parts["scores_kernel"] + parts["values_kernel"] == pytest.approx(flops[1])
+
+
+def test_the_sweep_says_what_to_write_down(clock, monkeypatch):
+    import sweep
+
+    tiny = sweep.SIZES["tiny"]
+    monkeypatch.setattr(sweep.Shape, "named", lambda name, length: tiny)
+    monkeypatch.setattr(
+        sweep, "compile_all", lambda jobs: ((i, sweep.Report(100, 0, 0)) for i in range(len(jobs)))
+    )
+    stage = OnACard()
+    sweep.main(stage)
+    last = [case for case in stage.rows if "write down" in case]
+    assert len(last) == 5 and last[0].startswith("attention forward: write down forward=Tile(128")
+    assert all(row["verdict"] == "figure" for row in stage.rows.values())

@@ -101,12 +101,19 @@ def main(stage):
         return
     with models.megatron():
         for label, sizes, tokens, lengths in problems(stage.rehearse):
-            for length in lengths:
+            speeds = [
                 compare(stage, label, sizes, max(1, tokens // length), length, best)
+                for length in lengths
+            ]
+            if all(speeds):
+                stage.add(
+                    f"{label}: flatness", "figure", longest_over_shortest=speeds[-1] / speeds[0]
+                )
 
 
 def compare(stage, label, sizes, batch, length, best):
-    """A row of Megalodon's step and one of the GPT's."""
+    """A row of Megalodon's step and one of the GPT's; the first's tokens/s, where it has any."""
+    speed = None
     ways = {
         "Megalodon": (lambda: models.megalodon(torch.bfloat16, sizes), sizes),
         "Megatron's GPT": (lambda: models.gpt(torch.bfloat16, length, sizes, fused=True), None),
@@ -114,9 +121,13 @@ def compare(stage, label, sizes, batch, length, best):
     for way, (build, counted) in ways.items():
 
         def measure(build=build, counted=counted):
-            return step(stage, build, counted, batch, length, best)
+            nonlocal speed
+            verdict, found = step(stage, build, counted, batch, length, best)
+            speed = found.get("tokens_per_s") if counted else speed
+            return verdict, found
 
         stage.attempt(f"{label}, L {length}: {way}", fitting(measure), least=5)
+    return speed
 
 
 if __name__ == "__main__":

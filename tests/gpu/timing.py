@@ -71,18 +71,29 @@ class Timer:
         found |= {"forward_ms": 1e3 * forward, "both_ms": 1e3 * total}
         found |= {"forward_share": floors[0] / forward, "both_share": sum(floors) / total}
         if first:
-            found["kernels"] = {
-                kernel: {"ms": 1e3 * time}
-                | (
-                    {"bytes_share": moved[kernel] / self.best.bandwidth / time}
-                    if kernel in moved
-                    else {}
-                )
-                for kernel, time in times.items()
-            }
+            found["kernels"] = {name: self.kernel_row(name, z, moved) for name, z in times.items()}
         else:
             found["this_over_ours"] = total / self.ours if self.ours else None
         return "figure", found
+
+    def kernel_row(self, name, time, moved):
+        """A kernel's time, and as its share of it what its bytes and flops take at least."""
+        row = {"ms": 1e3 * time}
+        if name in moved:
+            flops = kernel_flops(self.shape, self.operator.flops(self.shape)).get(name, 0)
+            row["share"] = self.best.floor(moved[name], flops) / time
+        return row
+
+
+def kernel_flops(shape, flops):
+    """The flops that the mathematics asks of each kernel, by its name; of others none."""
+    forward, backward = flops
+    # Attention's backward: scores, their gradient, and those of queries and keys; those of values.
+    values = forward * shape.value_width / (shape.key_width + shape.value_width)
+    return {
+        **{"forward_kernel": forward, "backward_kernel": backward},
+        **{"scores_kernel": backward - values, "values_kernel": values},
+    }
 
 
 def kernel_bytes(operator, shape, dtype):
