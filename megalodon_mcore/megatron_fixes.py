@@ -1,13 +1,17 @@
-"""Corrections of Megatron-Core 0.19 that Megalodon needs and no spec or option can make.
+"""Corrections of Megatron-Core that Megalodon needs and no spec or option can make.
 
-All are about optimizer checkpoints. Megatron's own models never mix bf16 and float32
+All are about optimizer checkpoints. Megatron's own models never mixed bf16 and float32
 parameters, and its developers always have apex or Transformer Engine. The last one concerns any
 model, where it would lose data.
+
+Whether a correction is needed is asked of the installed code: several versions are in use, and
+what one lacks another has. Where Megatron has it, ours stays out.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,11 +27,34 @@ def apply() -> None:
     if getattr(apply, "done", False):
         return
     apply.done = True
-    _order_float32_parameters_first()
-    _load_into_float32_parameters()
-    _keep_adam_step()
+    if _orders_by_buffer():
+        _order_float32_parameters_first()
+    if not _uses(DistributedOptimizer._set_main_param_and_optimizer_states, "no_grad"):
+        _load_into_float32_parameters()
+    if _uses(DistributedOptimizer.state_dict, "HAVE_APEX_OR_TE"):
+        _keep_adam_step()
     _include_float32_parameters()
-    _leave_padding_out_of_saved_offsets()
+    if not _uses(DistributedOptimizer.sharded_param_state_fully_reshardable, "buckets"):
+        _leave_padding_out_of_saved_offsets()
+
+
+def _uses(method: Callable, name: str) -> bool:
+    """Whether the code of a method, decorators aside, names this global or attribute."""
+    return name in inspect.unwrap(method).__code__.co_names or name in method.__code__.co_names
+
+
+def _replace(owner: type, name: str, correction: Any) -> None:  # noqa: ANN401
+    """Puts a correction where what it corrects was, which it keeps for tests that go without."""
+    correction.corrects = vars(owner)[name]
+    setattr(owner, name, correction)
+
+
+def _orders_by_buffer() -> bool:
+    """Whether a bf16 parameter is given the place before a float32 one of the same group."""
+    params = [torch.nn.Parameter(torch.zeros(1, dtype=t)) for t in (torch.bfloat16, torch.float32)]
+    buffers = [{param.dtype: [{"param_map": {param: None}}]} for param in params]
+    places, _ = DistributedOptimizer._build_optimizer_group_ranges([{"params": params}], buffers)
+    return places[params[0]] < places[params[1]]
 
 
 def _order_float32_parameters_first() -> None:
@@ -39,6 +66,7 @@ def _order_float32_parameters_first() -> None:
     """
     build = DistributedOptimizer._build_optimizer_group_ranges.__func__
 
+    @functools.wraps(build)
     def build_in_order(
         cls: type, param_groups: list[dict], gbuf_ranges: list[dict]
     ) -> tuple[dict[torch.nn.Parameter, tuple[int, int]], list[dict[str, Any]]]:
@@ -49,7 +77,7 @@ def _order_float32_parameters_first() -> None:
                 positions[param] = (group_index, order)
         return positions, group_ranges
 
-    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_in_order)
+    _replace(DistributedOptimizer, "_build_optimizer_group_ranges", classmethod(build_in_order))
 
 
 def _load_into_float32_parameters() -> None:
@@ -61,13 +89,14 @@ def _load_into_float32_parameters() -> None:
     name = "_set_main_param_and_optimizer_states"
     set_states = getattr(DistributedOptimizer, name)
 
+    @functools.wraps(set_states)
     @torch.no_grad()
     def set_states_but_step(
         self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict
     ) -> None:
         set_states(self, model_param, {**tensors, "step": None})
 
-    setattr(DistributedOptimizer, name, set_states_but_step)
+    _replace(DistributedOptimizer, name, set_states_but_step)
 
 
 def _keep_adam_step() -> None:
@@ -103,15 +132,18 @@ def _keep_adam_step() -> None:
             for state in self.optimizer.state.values():
                 state["step"] = state["step"].clone()
 
-    DistributedOptimizer.state_dict = state_dict_with_step
-    DistributedOptimizer.load_state_dict = load_separate_steps
+    _replace(DistributedOptimizer, "state_dict", state_dict_with_step)
+    _replace(DistributedOptimizer, "load_state_dict", load_separate_steps)
 
 
 def _include_float32_parameters() -> None:
     """Lets the plain mixed-precision optimizer checkpoint float32 parameters beside bf16 ones.
 
     Both of its methods take the bf16 parameters for all that the optimizer has; while they run,
-    they are shown every parameter, a float32 one as its own main copy.
+    they are shown every parameter, a float32 one as its own main copy. Megatron-LM's main takes
+    float32 ones too since https://github.com/NVIDIA/Megatron-LM/pull/5929, but saves no main copy
+    of them; shown the same, it writes and reads the keys that 0.19 does, so that checkpoints go
+    between the two.
     """
 
     @contextmanager
@@ -140,7 +172,7 @@ def _include_float32_parameters() -> None:
 
     for name in ("sharded_state_dict", "load_state_dict"):
         method = getattr(Float16OptimizerWithFloat16Params, name)
-        setattr(Float16OptimizerWithFloat16Params, name, showing_every_parameter(method))
+        _replace(Float16OptimizerWithFloat16Params, name, showing_every_parameter(method))
 
 
 def _leave_padding_out_of_saved_offsets() -> None:
@@ -149,7 +181,8 @@ def _leave_padding_out_of_saved_offsets() -> None:
     It gathers each buffer without the padding at its buckets' ends, but then cuts the parameters
     out by offsets that count the padding. That shifts all after the first bucket, and Megatron
     only warns. Several buckets come with overlapped reduction, and with tied embeddings over a
-    pipeline.
+    pipeline. Megatron-LM's main looks into the buckets for their padding and subtracts it itself
+    (https://github.com/NVIDIA/Megatron-LM/pull/5077); to do so twice would shift again.
     """
     name = "sharded_param_state_fully_reshardable"
     save = getattr(DistributedOptimizer, name)
@@ -172,4 +205,4 @@ def _leave_padding_out_of_saved_offsets() -> None:
             for buffer, offsets in zip(self.buffers, padded, strict=True):
                 buffer.param_index_map = offsets
 
-    setattr(DistributedOptimizer, name, save_by_unpadded_offsets)
+    _replace(DistributedOptimizer, name, save_by_unpadded_offsets)

@@ -126,6 +126,10 @@ class ComplexEMA(Float32Module):
             self._step, self._step_versions = step_weights(*parameters), versions
         return self._step
 
+    def refresh_cache(self) -> None:
+        """Forgets what was computed from parameters that may have changed through `.data`."""
+        self._step = None
+
     def _incoming_state(self, shards: SequenceShards, segment: Segment, states: Tensor) -> Tensor:
         """The state before a segment: earlier segments' own states, each decayed since its end.
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from megatron.core.transformer import module as megatron_module
 from torch import Tensor, nn
+
+# Megatron-LM's main asks for this mark where it casts a model; 0.19 has none.
+mark_keep_in_fp32 = getattr(megatron_module, "mark_keep_in_fp32", lambda tensor: tensor)
 
 
 class Float32Module(nn.Module):
@@ -20,7 +24,11 @@ class Float32Module(nn.Module):
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        # Where it cannot change a parameter in place, torch makes another one, without attributes.
+        for parameter in self.parameters(recurse=False):
+            mark_keep_in_fp32(parameter)
+        return self
 
 
 def float32_parameter(shape: tuple[int, ...], device: torch.device | None) -> nn.Parameter:

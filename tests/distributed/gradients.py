@@ -43,9 +43,16 @@ def gradient_shards(chunks: list[DistributedDataParallel]) -> list[Shard]:
     }
     apply_factories(state)
     return [
-        Shard(part.key, part.global_shape, part.global_slice(), part.data.clone())
+        Shard(part.key, part.global_shape, place(part), part.data.clone())
         for part in nested_values(state)
     ]
+
+
+def place(part: ShardedTensor) -> tuple[int | slice, ...]:
+    """Where the part lies in the whole tensor; along prepended axes it has no extent."""
+    before = part.prepend_axis_num
+    extents = zip(part.global_offset[before:], part.local_shape, strict=True)
+    return (*part.global_offset[:before], *(slice(start, start + n) for start, n in extents))
 
 
 def with_gradient(part: ShardedTensor | ShardedTensorFactory):

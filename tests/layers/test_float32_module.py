@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from megatron.core.transformer import module as megatron_module
 from torch import nn
 
 from building import build, randomize
 from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.layers import float32_module
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 
 OWN = MegalodonConfig(chunk_size=16, rescale_nffn=True)
@@ -56,6 +58,21 @@ def test_casts_leave_small_parameters_alone(megatron, cast):
             assert torch.equal(parameter, value.to(dtype)), name
     # Per layer: TimestepNorm 2, CEMA 5, its norm 1, query and key 2, the FFN's norm 2, rescale 1.
     assert kept == 2 * 13 + 2
+
+
+def test_they_carry_megatrons_mark_where_it_has_one(megatron, monkeypatch):
+    if not hasattr(megatron_module, "mark_keep_in_fp32"):
+
+        def mark(tensor):
+            tensor.keep_in_fp32 = True
+            return tensor
+
+        monkeypatch.setattr(float32_module, "mark_keep_in_fp32", mark)
+    model, _ = build(OWN)
+    # On the meta device torch makes other parameters.
+    for moved in (model, model.bfloat16(), model.to("meta")):
+        for name, parameter in moved.named_parameters():
+            assert getattr(parameter, "keep_in_fp32", False) == stays_float32(name), name
 
 
 def test_gradients_keep_their_dtype_too(megatron):
