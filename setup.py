@@ -40,6 +40,8 @@ setup(
             "einops==0.8.2",
             "accelerate==1.15.0",
             "lm-eval==0.4.13",
+            # --optimizer muon
+            "emerging-optimizers==0.3.0",
         ],
     },
     entry_points={"console_scripts": ["megalodon-mcore = megalodon_mcore.__main__:main"]},

@@ -285,6 +285,8 @@ def _defaults() -> dict[str, Any]:
         "add_bias_linear": False,
         "transformer_impl": "local",
         "create_attention_mask_in_dataloader": False,
+        # Whole matrices, as in one process; Megatron's blockwise gives each layout other updates.
+        "muon_tp_mode": "duplicated",
     }
     if not missing_kernels.is_installed("fused_weight_gradient_mlp_cuda"):
         defaults["gradient_accumulation_fusion"] = False

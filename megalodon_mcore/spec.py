@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megalodon_mcore import megatron_fixes
+from megalodon_mcore import megatron_fixes, muon
 from megalodon_mcore.config import (
     SIZES,
     MegalodonConfig,
@@ -132,6 +132,7 @@ class MegalodonSpec:
         check_supported(config, position_embedding_type)
         self.layer_submodules(config)
         megalodon = self.resolve(config)
+        muon.check_optimizer(arguments)
         sequence_order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
         seq_length = getattr(arguments, "seq_length", None)
         check_layout(config, megalodon, sequence_order, seq_length)
@@ -276,6 +277,7 @@ def _resolve_spec_in_constructor() -> None:
 
 
 megatron_fixes.apply()
+muon.apply()
 _resolve_spec_in_constructor()
 
 megalodon = MegalodonSpec()

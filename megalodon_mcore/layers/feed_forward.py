@@ -16,6 +16,7 @@ from megalodon_mcore.layers.float32_module import Float32Module
 from megalodon_mcore.layers.initialization import projection_initializer
 from megalodon_mcore.layers.norms import LayerNormParameters
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
+from megalodon_mcore.muon import Matrices, mark_matrices
 from megalodon_mcore.parallel import dropout_rng
 from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
@@ -70,6 +71,9 @@ class MegalodonFeedForward(MegatronModule):
             tp_comm_buffer_name="fc1",
             tp_group=pg_collection.tp,
         )
+        if self.swiglu:
+            apart = [ffn_size // self.split.size] * 2
+            mark_matrices(self.linear_fc1.weight, Matrices(apart, 0, pg_collection.tp, 0))
         self.linear_fc2 = submodules.linear_fc2(
             ffn_size,
             hidden_size,

@@ -22,6 +22,7 @@ from megalodon_mcore.layers.initialization import concatenated_initializer, proj
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
 from megalodon_mcore.layers.query_key import QueryKey
 from megalodon_mcore.layers.submodules import Builder, MegalodonLayerSubmodules
+from megalodon_mcore.muon import Matrices, mark_matrices
 from megalodon_mcore.parallel import dropout_rng
 from megalodon_mcore.parallel.checkpoint_shards import (
     TensorShare,
@@ -141,6 +142,8 @@ class MegalodonMixer(MegatronModule):
             tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
+        apart = Matrices(self.proj_columns, 1, pg_collection.tp, 1)
+        mark_matrices(self.linear_proj.weight, apart)
         if split.size > 1:
             self._keep_ranks_in_step()
 
@@ -162,6 +165,9 @@ class MegalodonMixer(MegatronModule):
             for parameter in self.linear_z.parameters():
                 mark_split(parameter, axis=0, counts_here=split.rank_in_head == 0)
                 start_alike(parameter, split.head_group())
+            rows = [self.linear_z.weight.shape[0]]
+            shared = Matrices(rows, 0, split.other_heads_group(), 0)
+            mark_matrices(self.linear_z.weight, shared)
             for parameter in (*self.linear_z.parameters(), *self.query_key.parameters()):
                 sum_gradient_over(parameter, split.head_group())
 

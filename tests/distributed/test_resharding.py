@@ -1,6 +1,6 @@
 """A checkpoint of one layout goes on in another with the losses of never having stopped."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -12,6 +12,7 @@ EIGHT = Layout(tp=2, sequence_parallel=True, pp=2, cp=2)
 MODEL = Model(swiglu=True)
 ONE_HEAD = Model(heads=1).with_megalodon(rescale_nffn=True)
 DEEP = Model(num_layers=4)
+MUON = Model(swiglu=True, optimizer="muon")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ COMMON = {
     "distributed optimizer in several buckets, DP 2 to one": Move(
         MODEL, Layout(dp=2, distributed_optimizer=True), Layout(distributed_optimizer=True)
     ),
+    "Muon, shared heads, TP 4 to one": Move(MUON, Layout(tp=4, sequence_parallel=True), ONE),
 }
 RARE = {
+    "Muon, one to TP 2, PP 2": Move(MUON, ONE, Layout(tp=2, pp=2)),
+    "Muon, bf16, PP 2 to one": Move(replace(MUON, bf16=True), Layout(pp=2), ONE),
     "PP 2 to TP 2": Move(MODEL, Layout(pp=2), Layout(tp=2)),
     "PP 2, virtual, to PP 2": Move(DEEP, Layout(pp=2, virtual_stages=2), Layout(pp=2)),
     "PP 2 to PP 2, virtual": Move(DEEP, Layout(pp=2), Layout(pp=2, virtual_stages=2)),

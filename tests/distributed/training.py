@@ -128,10 +128,13 @@ def build_chunks(model: Model, layout: Layout) -> list[nn.Module]:
 
 
 def build_optimizer(model: Model, layout: Layout, chunks: list[nn.Module]) -> MegatronOptimizer:
-    """Adam, and the hooks that Megatron's train() hangs on the configuration."""
+    """The optimizer, and the hooks that Megatron's train() hangs on the configuration."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            optimizer=model.optimizer,
+            muon_tp_mode="duplicated",
+            # Its usual "medium" rounds to bf16 on some CPUs.
+            muon_fp32_matmul_prec="highest",
             lr=1e-3,
             weight_decay=0.1,
             clip_grad=1.0,

@@ -70,8 +70,8 @@ def test_they_carry_megatrons_mark_where_it_has_one(megatron, monkeypatch):
         monkeypatch.setattr(float32_module, "mark_keep_in_fp32", mark)
     model, _ = build(OWN)
     # On the meta device torch makes other parameters.
-    for moved in (model, model.bfloat16(), model.to("meta")):
-        for name, parameter in moved.named_parameters():
+    for move in (lambda: model, model.bfloat16, lambda: model.to("meta")):
+        for name, parameter in move().named_parameters():
             assert getattr(parameter, "keep_in_fp32", False) == stays_float32(name), name
 
 

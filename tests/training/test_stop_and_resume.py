@@ -9,6 +9,7 @@ from training.runs import DROPOUT, TINY, save_to, side_by_side, train
 STOP = 3
 ASYNC = ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore")
 DISTRIBUTED = ("--bf16", "--use-distributed-optimizer")
+MUON = ("--optimizer", "muon")
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 slow = pytest.mark.slow
 
@@ -44,6 +45,9 @@ def stop_and_resume(folder, *options):
         pytest.param(DISTRIBUTED, (RESHARDABLE,), id="bf16-distributed-reshardable", marks=slow),
         pytest.param(("--use-distributed-optimizer",), (), id="float32-distributed", marks=slow),
         pytest.param(("--swiglu", "--megalodon-rescale-nffn"), (), id="swiglu", marks=slow),
+        pytest.param((*MUON, "--swiglu"), (), id="muon"),
+        pytest.param((*MUON, "--bf16"), (), id="muon-bf16", marks=slow),
+        pytest.param((*MUON, *DISTRIBUTED), (), id="muon-bf16-distributed", marks=slow),
     ],
 )
 def test_resuming_changes_nothing(never_stopping, tmp_path, options, save_options):

@@ -1,0 +1,129 @@
+"""What Muon orthogonalizes of Megalodon: each matrix of the linear layers alone.
+
+Megatron's Muon takes every two-dimensional parameter that is neither embedding nor output for one
+matrix. Layers say here where that is wrong: CEMA's omega and the affine of queries and keys are
+lists of numbers, and some weights hold two matrices, or one that ranks share.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices in a rank's part of a weight.
+
+    Args:
+        sizes: their extents along `axis`, side by side.
+        axis: see sizes.
+        group: the ranks among which each is cut.
+        partition_dim: along which dimension; None where the rank has them whole.
+    """
+
+    sizes: Sequence[int]
+    axis: int
+    group: ProcessGroup
+    partition_dim: int | None
+
+
+def mark_matrices(weight: Tensor, matrices: Matrices) -> None:
+    """Lets Muon orthogonalize these one by one."""
+    weight.megalodon_matrices = matrices
+
+
+def mark_no_matrix(parameter: Tensor) -> Tensor:
+    """Leaves a parameter to Adam, by the mark that Megatron-LM's main has for it."""
+    parameter.use_muon = False
+    return parameter
+
+
+def is_left_to_adam(parameter: Tensor) -> bool:
+    """Whether mark_no_matrix was called."""
+    return not getattr(parameter, "use_muon", True)
+
+
+def apply() -> None:
+    """Lets Megatron's Muon go by the marks; where it knows that of Adam, it keeps its own way."""
+    entry = emerging_optimizers._EMERGING_OPTIMIZERS["muon"]
+    if entry.optimizer_cls is Muon:
+        return
+    entry.optimizer_cls = Muon
+    marked = mark_no_matrix(torch.nn.Parameter(torch.zeros(2, 2)))
+    if not any(key.matches(marked, "weight") for key in entry.default_param_overrides):
+        key = ParamKey(predicate=ParamPredicate(name="left_to_adam", fn=is_left_to_adam))
+        entry.default_param_overrides[key] = {"optimizer": "adam"}
+    takes = layer_wise_optimizer.is_managed_by_layer_wise_optimizer
+    if takes(marked):
+        # With --use-distributed-optimizer it decides by itself which buffers are Muon's.
+        def takes_unmarked(param: torch.nn.Parameter) -> bool:
+            return takes(param) and not is_left_to_adam(param)
+
+        for module in (layer_wise_optimizer, megatron_optimizer):
+            module.is_managed_by_layer_wise_optimizer = takes_unmarked
+
+
+class Muon(emerging_optimizers.TensorParallelMuon):
+    """Megatron's Muon, with weights of several matrices orthogonalized matrix by matrix."""
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(params, *args, **kwargs)
+        # Under --bf16 it steps main copies of the parameters, which have not all of their marks.
+        self._weights = [
+            param
+            for group in self.param_groups
+            for param in group["params"]
+            if hasattr(param, "megalodon_matrices")
+        ]
+
+    def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """The update for a parameter or its main copy, from its momentum."""
+        matrices = self._matrices_of(p)
+        if matrices is None:
+            return super().orthogonalize(p, grad, **kwargs)
+        partition_dim = None if self.tp_mode == "blockwise" else matrices.partition_dim
+        updates = [
+            self.scaled_orthogonalize_fn(part.contiguous(), matrices.group, partition_dim)
+            for part in grad.split(list(matrices.sizes), matrices.axis)
+        ]
+        return torch.cat(updates, matrices.axis)
+
+    def _matrices_of(self, p: Tensor) -> Matrices | None:
+        for weight in self._weights:
+            if p is weight or p is getattr(weight, "main_param", None):
+                return weight.megalodon_matrices
+        return None
+
+
+def check_optimizer(arguments: Namespace | None) -> None:
+    """Checks that --optimizer is one that treats Megalodon's parameters right.
+
+    Raises:
+        ValueError: it is not, or its package is missing.
+    """
+    name = getattr(arguments, "optimizer", None)
+    if name is None:
+        return
+    if name not in OPTIMIZERS:
+        raise ValueError(
+            f"--optimizer is {name}, which takes CEMA's vectors and weights of two matrices for "
+            f"one matrix each; take {', '.join(OPTIMIZERS[:-2])} or {OPTIMIZERS[-2]}."
+        )
+    if name not in ("adam", "sgd") and not importlib.util.find_spec("emerging_optimizers"):
+        raise ValueError(
+            f"--optimizer is {name}, which is in the package emerging-optimizers; install its "
+            "version 0.3.0 or take adam."
+        )
