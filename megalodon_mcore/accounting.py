@@ -81,18 +81,25 @@ def total_parameters(shape: ModelShape) -> int:
     return sum(parameters_by_part(shape).values())
 
 
-def training_flops_per_token(shape: ModelShape) -> float:
-    """Floating-point operations of the matrix products of a forward and a backward pass.
+def training_flops_per_token(shape: ModelShape, seq_length: float) -> float:
+    """Floating-point operations of a forward and a backward pass, which is twice a forward one.
 
-    Projections, attention below the diagonal of its chunks and the output; CEMA's and element-wise
-    work is left out, and so is what recomputation repeats.
+    Projections and output; attention up to the diagonal of its chunks; CEMA as a recurrence, 12 a
+    step of each EMA dimension (8 for q h + p x, 4 for the real part of gamma h). Element-wise work
+    is left out, and so is what kernels and recomputation spend beyond that.
+
+    Args:
+        shape: the model.
+        seq_length: positions after which the chunks begin anew.
     """
     own = shape.megalodon
     d, e, z = shape.hidden_size, own.value_dim, own.z_dim
     feed_forward = (3 if shape.swiglu else 2) * d * shape.ffn_hidden_size
     projections = d * z + 2 * d * e + (d + e) * d + feed_forward
-    attention = (z + e) * own.chunk_size / 2
-    return 6 * (shape.num_layers * (projections + attention) + d * shape.vocab_size)
+    chunks, rest = divmod(seq_length, own.chunk_size)
+    attended = (chunks * own.chunk_size**2 + rest**2) / (2 * seq_length)
+    layer = projections + (z + e) * attended + 6 * d * own.cema_ndim
+    return 6 * (shape.num_layers * layer + d * shape.vocab_size)
 
 
 def training_bytes(shape: ModelShape, bf16: bool) -> dict[str, int]:

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megalodon_mcore import megatron_fixes, muon
+from megalodon_mcore import megatron_fixes, muon, throughput
 from megalodon_mcore.config import (
     SIZES,
     MegalodonConfig,
@@ -190,6 +190,7 @@ class MegalodonSpec:
             for name, value in dataclasses.asdict(resolved).items():
                 setattr(arguments, ARGUMENT_PREFIX + name, value)
             _say_what_the_checkpoint_had(arguments, resolved)
+            throughput.count_own_flops()
         return resolved
 
     def _warn_of_differences(self, config: TransformerConfig) -> None:

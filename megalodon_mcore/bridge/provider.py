@@ -193,7 +193,8 @@ class MegalodonModelProvider(GPTModelProvider):
             vocab_size=self.vocab_size,
             megalodon=own,
         )
-        return training_flops_per_token(shape) * batch_size * self.seq_length
+        flops = training_flops_per_token(shape, self.seq_length)
+        return flops * batch_size * self.seq_length
 
 
 def _fields_of_size(size: MegalodonSize) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.runs import TINY, launch, save_to, train
+from training.test_throughput import LOGGED, flops_of_tiny, logged_flops
 
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH", "")
 PATCH = Path(__file__).parents[2] / "patches" / "megatron-lm-0.19-one-word-spec.patch"
@@ -85,6 +86,17 @@ def test_layouts_train_like_one_process(single, tmp_path, name):
     assert list(run.losses) == [2, 3, 4, 5, 6]
     assert run.losses == pytest.approx(expected.losses, rel=1e-5)
     assert run.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
+
+
+def test_logged_throughput_is_megalodons(tmp_path):
+    train(
+        tmp_path,
+        *(*COMMON, *POSITIONS, *LOGGED, "--spec", "megalodon_mcore.spec", "megalodon"),
+        program=script(CHECKOUT),
+        MEGALODON_CONFIG="chunk_size=16",
+    )
+    found = logged_flops(tmp_path)
+    assert found == pytest.approx([flops_of_tiny()] * len(found), rel=1e-4)
 
 
 def test_named_size_and_environment(tmp_path):

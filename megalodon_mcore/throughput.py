@@ -1,0 +1,74 @@
+"""Lets Megatron's --log-throughput count Megalodon's floating-point operations.
+
+Megatron counts those of a GPT of the same arguments, in a function of its training loop that
+nothing can replace from outside but its module's name for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from argparse import Namespace
+
+from megalodon_mcore.accounting import ModelShape, training_flops_per_token
+from megalodon_mcore.config import ResolvedMegalodonConfig
+
+NAME = "num_floating_point_operations"
+
+
+def count_own_flops() -> None:
+    """Puts `flops_of_batch` in the place of Megatron's count, where its training loop is used."""
+    training = sys.modules.get("megatron.training.training")
+    megatrons = getattr(training, NAME, None)
+    if megatrons is None or hasattr(megatrons, "__wrapped__"):
+        return
+
+    @functools.wraps(megatrons)
+    def count(
+        args: Namespace,
+        batch_size: int,
+        seqlen_squared_sum_in_batch: float | None = None,
+        total_real_tokens_in_batch: float | None = None,
+    ) -> float:
+        return flops_of_batch(
+            args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch
+        )
+
+    setattr(training, NAME, count)
+
+
+def flops_of_batch(
+    args: Namespace,
+    batch_size: int,
+    squared_lengths: float | None = None,
+    tokens: float | None = None,
+) -> float:
+    """Of all ranks for one global batch.
+
+    Args:
+        args: Megatron's, with what the spec resolved.
+        batch_size: sequences of args.seq_length, where the rest is None.
+        squared_lengths: the sum over packed documents; what they attend to is taken to be what
+            documents of their mean length do, each weighted by its length.
+        tokens: in all of them.
+    """
+    if not tokens or not squared_lengths:
+        tokens = batch_size * args.seq_length
+        squared_lengths = tokens * args.seq_length
+    shape = ModelShape(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        ffn_hidden_size=args.ffn_hidden_size,
+        swiglu=args.swiglu,
+        tied_embeddings=not args.untie_embeddings_and_output_weights,
+        vocab_size=args.padded_vocab_size,
+        megalodon=ResolvedMegalodonConfig(
+            **{
+                field.name: getattr(args, f"megalodon_{field.name}")
+                for field in dataclasses.fields(ResolvedMegalodonConfig)
+            }
+        ),
+    )
+    return tokens * training_flops_per_token(shape, squared_lengths / tokens)

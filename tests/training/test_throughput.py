@@ -1,0 +1,57 @@
+"""--log-throughput: Megalodon's floating-point operations, not those of a GPT."""
+
+import re
+
+import pytest
+
+from megalodon_mcore.accounting import ModelShape, training_flops_per_token
+from megalodon_mcore.config import MegalodonConfig
+from training.runs import TINY, scalars, train
+
+LOGGED = ("--log-throughput", "--log-timers-to-tensorboard")
+PADDED_VOCABULARY = 128
+BATCH, LENGTH = 4, 48
+
+
+def flops_of_tiny(swiglu=False):
+    """By what TINY says, written out: a pass forward, and two backward."""
+    d, z, e, f, n, chunk = 64, 16, 128, 96, 16, 16
+    products = d * z + d * e + d * e + d * d + e * d + (3 if swiglu else 2) * d * f
+    # Each of a chunk's positions attends to half of it on average.
+    attention = chunk / 2 * (z + e)
+    ema = 12 * d * n
+    layer = 2 * (products + attention) + ema
+    return 3 * BATCH * LENGTH * (2 * layer + 2 * d * PADDED_VOCABULARY)
+
+
+def logged_flops(folder):
+    """Of a batch, from TensorBoard's TFLOP/s and seconds of every iteration."""
+    speeds, seconds = scalars(folder, "throughput"), scalars(folder, "iteration-time")
+    # The first iteration logs no time.
+    return [speeds[step] * 1e12 * seconds[step] for step in seconds]
+
+
+@pytest.mark.parametrize("options", [(), ("--swiglu",)], ids=["plain", "swiglu"])
+def test_pretrain_logs_megalodons_flops(tmp_path, options):
+    run = train(tmp_path, *TINY, *LOGGED, *options)
+    assert re.search(r"throughput per GPU \(TFLOP/s/GPU\)", run.output)
+    found = logged_flops(tmp_path)
+    assert found
+    assert found == pytest.approx([flops_of_tiny(bool(options))] * len(found), rel=1e-4)
+
+
+def test_a_rest_of_a_chunk_attends_to_itself_alone():
+    shape = ModelShape(
+        num_layers=1,
+        hidden_size=64,
+        num_attention_heads=1,
+        ffn_hidden_size=96,
+        swiglu=False,
+        tied_embeddings=False,
+        vocab_size=128,
+        megalodon=MegalodonConfig(chunk_size=16).resolve(64, 1),
+    )
+    width = 16 + 128
+    short, whole, long = (training_flops_per_token(shape, n) for n in (8, 16, 24))
+    assert whole - short == 6 * width * (16 / 2 - 8 / 2)
+    assert 24 * long == pytest.approx(16 * whole + 8 * short)
