@@ -7,7 +7,6 @@ lists of numbers, and some weights hold two matrices, or one that ranks share.
 
 from __future__ import annotations
 
-import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megalodon_mcore.missing_kernels import is_installed
 
 OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
 
@@ -122,7 +123,7 @@ def check_optimizer(arguments: Namespace | None) -> None:
             f"--optimizer is {name}, which takes CEMA's vectors and weights of two matrices for "
             f"one matrix each; take {', '.join(OPTIMIZERS[:-2])} or {OPTIMIZERS[-2]}."
         )
-    if name not in ("adam", "sgd") and not importlib.util.find_spec("emerging_optimizers"):
+    if name not in ("adam", "sgd") and not is_installed("emerging_optimizers"):
         raise ValueError(
             f"--optimizer is {name}, which is in the package emerging-optimizers; install its "
             "version 0.3.0 or take adam."

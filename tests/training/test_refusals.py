@@ -1,12 +1,14 @@
 """What Megalodon cannot do fails before training, with one sentence that names the argument."""
 
 import re
+from argparse import Namespace
 
 import pytest
 from megatron.core.activations import squared_relu
 from torch.nn import functional as F
 
 from building import transformer_config
+from megalodon_mcore import muon
 from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.spec import MegalodonSpec
 from megalodon_mcore.validation import (
@@ -147,6 +149,21 @@ def test_every_named_size_fits_every_recipe():
                 check_fp8_sizes(config, own, 4096, 1)
 
 
+@pytest.mark.parametrize("name", ["soap", "adaptive_muon"])
+def test_an_optimizer_that_mistakes_parameters_for_matrices_is_refused(name):
+    for known in ("adam", "sgd", "lion", "muon"):
+        muon.check_optimizer(Namespace(optimizer=known))
+    with pytest.raises(ValueError, match=f"--optimizer is {name}, .* take adam, sgd, lion or muon"):
+        muon.check_optimizer(Namespace(optimizer=name))
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(muon, "is_installed", lambda module: False)
+    muon.check_optimizer(Namespace(optimizer="adam"))
+    with pytest.raises(ValueError, match="--optimizer is muon, .* emerging-optimizers; install"):
+        muon.check_optimizer(Namespace(optimizer="muon"))
+
+
 def test_unknown_recompute_module_is_refused():
     config = transformer_config(recompute_granularity="selective", recompute_modules=["layernorm"])
     with pytest.raises(ValueError, match="--recompute-modules has layernorm"):
@@ -204,6 +221,7 @@ def test_layout_that_cannot_work_is_refused_by_name(name):
 
 
 WRONG = {
+    "optimizer": (1, ("--optimizer", "soap"), "--optimizer is soap, which takes CEMA's vectors"),
     "z_dim": (1, ("--megalodon-z-dim", "7"), "z_dim is 7, which the 2 heads"),
     "heads": (3, ("--tensor-model-parallel-size", "3"), "is 3 and there are 2 heads"),
     "layers": (
