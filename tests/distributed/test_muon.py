@@ -4,6 +4,9 @@ import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers import get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.dist_checkpointing import load_plain_tensors
+from megatron.core.optimizer import layer_wise_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.utils import unwrap_model
 
@@ -16,6 +19,7 @@ from distributed.training import (
     train,
 )
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS
+from megalodon_mcore.muon import mark_no_matrix
 
 MODEL = Model(swiglu=True, optimizer="muon").with_megalodon(rescale_nffn=True)
 LEARNING_RATE = 1e-3
@@ -49,6 +53,15 @@ def test_only_weights_of_linear_layers_are_muons(workers):
     assert set(found.pop("Muon")) == set(muons)
     (adams,) = found.values()
     assert set(adams) == set(names) - set(muons)
+
+
+def test_the_layer_wise_optimizer_takes_the_same():
+    """It, of --use-distributed-optimizer, asks a function of its own, in two modules."""
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    marked = mark_no_matrix(torch.nn.Parameter(torch.zeros(2, 2)))
+    for module in (layer_wise_optimizer, megatron_optimizer):
+        assert module.is_managed_by_layer_wise_optimizer(matrix)
+        assert not module.is_managed_by_layer_wise_optimizer(marked)
 
 
 WEIGHTS = ("mixer.linear_proj.weight", "feed_forward.linear_fc1.weight")
@@ -110,3 +123,30 @@ def test_every_layout_trains_like_one_process(workers, single, model, layout):
     for rank in workers.run(layout.world_size, train, model, layout, start):
         assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
         assert rank.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-4)
+
+
+def weights_in(*folders):
+    """The linear layers' weights in checkpoints, whole, by their keys there."""
+    return [
+        {
+            key: tensor.double()
+            for key, tensor in load_plain_tensors(str(folder)).items()
+            if not key.startswith("optimizer.") and ".linear_" in key and ".weight" in key
+        }
+        for folder in folders
+    ]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_weight_is_updated_as_in_one_process(workers, single, tmp_path, model):
+    model = MODELS[model]
+    start, _ = single(model)
+    folders = [tmp_path / "one", tmp_path / "four"]
+    for folder, layout in zip(folders, (Layout(), Layout(tp=4)), strict=True):
+        workers.run(layout.world_size, train, model, layout, start, steps=1, save=folder)
+    ((before, one, four),) = workers.run(1, weights_in, start, *folders)
+    # linear_proj is two there, and so is SwiGLU's linear_fc1.
+    assert len(one) == len(LINEAR_LAYERS) + 1
+    for key, weight in one.items():
+        update = weight - before[key]
+        assert (four[key] - weight).norm() < 1e-3 * update.norm(), key
