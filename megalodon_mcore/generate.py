@@ -21,6 +21,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--iteration", type=int, help="Which checkpoint of the folder; the last one by default."
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="Folder or file of the tokenizer, if not the checkpoint's own.",
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="Text to continue.")
     prompt.add_argument(
@@ -67,7 +72,7 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--tokens is {args.tokens}; it takes a positive integer.")
     prompt = read_prompt(args)
     with redirect_stdout(sys.stderr):
-        loaded = load_model(args.checkpoint, args.iteration)
+        loaded = load_model(args.checkpoint, args.iteration, tokenizer=args.tokenizer)
     prompt_ids = loaded.tokenizer.tokenize(prompt) if prompt else []
     stream = generate_tokens(
         StreamingModel(loaded.model, loaded.arguments.megalodon_chunk_size),

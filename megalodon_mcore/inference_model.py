@@ -24,7 +24,10 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: Path, iteration: int | None = None, arguments: tuple[str, ...] = ()
+    checkpoint: Path,
+    iteration: int | None = None,
+    arguments: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
 ) -> LoadedModel:
     """Loads a torch_dist checkpoint written by any parallel layout.
 
@@ -32,15 +35,19 @@ def load_model(
         checkpoint: the folder that training had as --save.
         iteration: which of its checkpoints; the last one by default.
         arguments: more of Megatron's, beside those of the checkpoint.
+        tokenizer: a Hugging Face folder or SentencePiece model to take for the checkpoint's own.
 
     Raises:
         FileNotFoundError: there is no finished checkpoint in the folder.
+        ValueError: `tokenizer` holds none.
     """
     if not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
         raise FileNotFoundError(
             f"{checkpoint} holds no finished checkpoint; give the folder that training had as "
             "--save."
         )
+    if tokenizer is not None:
+        arguments = (*arguments, *_tokenizer_arguments(tokenizer))
     if not torch.distributed.is_initialized():
         cpu.install()
         pretraining.prepare_megatron()
@@ -66,6 +73,18 @@ def load_model(
     return LoadedModel(model.eval(), build_tokenizer(parsed), parsed, loaded_iteration)
 
 
+def _tokenizer_arguments(place: Path) -> tuple[str, ...]:
+    from megalodon_mcore.conversion.tokenizers import open_tokenizer
+
+    found = open_tokenizer(place) if place.exists() else None
+    if found is None:
+        raise ValueError(
+            f"--tokenizer is {place}, which holds no tokenizer; it takes a Hugging Face folder or "
+            "a SentencePiece model."
+        )
+    return ("--tokenizer-type", found.kind, "--tokenizer-model", str(place))
+
+
 def _parse_arguments(
     checkpoint: Path, iteration: int | None, arguments: tuple[str, ...]
 ) -> Namespace:
@@ -82,7 +101,8 @@ def _parse_arguments(
     sys.argv = [original[0], *command_line]
     try:
         return pretraining.parse_arguments(
-            from_checkpoint=("bf16", "fp16", "vocab_size", "layernorm_epsilon")
+            from_checkpoint=("bf16", "fp16", "vocab_size", "layernorm_epsilon"),
+            tokenizer_option="--tokenizer",
         )
     finally:
         sys.argv = original

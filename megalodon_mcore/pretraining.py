@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_mcore import missing_kernels
+from megalodon_mcore import checkpoint_tokenizer, missing_kernels
 from megalodon_mcore.config import INIT_MODES, SIZES
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
@@ -75,9 +75,13 @@ def run() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    args = parse_arguments()
+    try:
+        args = parse_arguments()
+    except ValueError as error:
+        raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     model_config = model_config_from_arguments(args)
     check_model(model_config)
+    keep_tokenizer(args)
     datasets_provider.is_distributed = True
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -88,12 +92,25 @@ def run() -> None:
     )
 
 
-def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
+def keep_tokenizer(args: Namespace) -> None:
+    """Puts the tokenizer beside the checkpoints that this run saves."""
+    place = Path(str(args.tokenizer_model))
+    if args.save and os.environ["RANK"] == "0" and args.tokenizer_model and place.exists():
+        checkpoint_tokenizer.keep_with_checkpoints(Path(args.save), place)
+
+
+def parse_arguments(
+    from_checkpoint: tuple[str, ...] = (), tokenizer_option: str = "--tokenizer-model"
+) -> Namespace:
     """Parses and validates sys.argv and makes it Megatron's global arguments.
 
     Like Megatron's parse_and_validate_args, but a spec may be one word, and --use-checkpoint-args
     brings back the arguments named in `from_checkpoint` too. (Megalodon's own values are brought
-    back by the spec, whoever parsed the arguments.)
+    back by the spec, whoever parsed the arguments.) `tokenizer_option` is how the user names the
+    place of a tokenizer that the checkpoint has lost.
+
+    Raises:
+        ValueError: that tokenizer is missing and no other was named.
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
@@ -105,10 +122,12 @@ def parse_arguments(from_checkpoint: tuple[str, ...] = ()) -> Namespace:
             raise SystemExit(
                 "--use-checkpoint-args takes its values from --load, which is missing."
             )
+        named = {name: getattr(args, name) for name in checkpoint_tokenizer.ARGUMENTS}
         loaded = load_args_from_checkpoint(args)
         if isinstance(loaded, tuple):
             for name in from_checkpoint:
                 setattr(args, name, getattr(loaded[1], name, None))
+            checkpoint_tokenizer.settle_arguments(args, named, tokenizer_option)
     if args.spec is not None and len(args.spec) == 1:
         args.spec = [args.spec[0], "spec"]
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megalodon_mcore.checkpoint_tokenizer import tokenizer_of_checkpoint
 from megalodon_mcore.conversion.architecture import Architecture, architecture_from
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.tokenizers import (
@@ -70,7 +71,7 @@ def tokenizer_of(
 
     Args:
         arguments: the checkpoint's.
-        folder: the checkpoint, beside whose files its tokenizer may lie.
+        folder: what training had as --save, where its tokenizer may lie.
         padded: rows of the embedding.
         tokenizer: where it is now, if not where it was in training.
         vocab_size: the size, if the caller knows better.
@@ -86,14 +87,20 @@ def tokenizer_of(
         if size is not None:
             found = Tokenizer(kind, (), int(size) - 1 if eos is None else int(eos))
     else:
-        named = Path(str(getattr(arguments, "tokenizer_model", None)))
-        places = [tokenizer] if tokenizer else [named, folder / "tokenizer"]
-        place = next((path for path in places if path.exists()), None)
-        if place is None and vocab_size is None:
-            raise ValueError(
-                f"The tokenizer of the training run, {places[0]}, is not there; give its place "
-                "with --tokenizer, or the number of its tokens with --vocab-size."
-            )
+        place = tokenizer
+        try:
+            if place is None:
+                recorded = getattr(arguments, "tokenizer_model", None)
+                place = tokenizer_of_checkpoint(folder, kind, recorded)
+            elif not place.exists():
+                raise FileNotFoundError(f"--tokenizer is {place}, which does not exist")
+        except FileNotFoundError as error:
+            place = None
+            if vocab_size is None:
+                raise ValueError(
+                    f"{error}; give its place with --tokenizer, or the number of its tokens with "
+                    "--vocab-size."
+                ) from None
         if place is not None:
             found = open_tokenizer(place)
             size = tokenizer_vocab_size(found)

@@ -64,7 +64,9 @@ def open_mcore(
     embedding = reader.shape(EMBEDDING)
     if embedding is None:
         raise ValueError(f"{place} has no {EMBEDDING}.")
-    found, true_vocab_size = tokenizer_of(arguments, folder, embedding[0], tokenizer, vocab_size)
+    found, true_vocab_size = tokenizer_of(
+        arguments, place.absolute().parent, embedding[0], tokenizer, vocab_size
+    )
     architecture = architecture_of(arguments, true_vocab_size, str(place))
     model = OpenModel(
         architecture,
