@@ -64,9 +64,10 @@ def _build_parser() -> tuple[ArgumentParser, dict]:
 
 def _run_recipe(command: str, argv: list[str]) -> int:
     # Before Megatron-Bridge is imported, which looks at the GPU.
-    from megalodon_mcore import cpu
+    from megalodon_mcore import child_processes, cpu
     from megalodon_mcore.pretraining import prepare_megatron, stand_alone_environment
 
+    child_processes.end_with_parent()
     cpu.install()
     prepare_megatron()
     stand_alone_environment()

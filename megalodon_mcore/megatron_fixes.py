@@ -1,8 +1,8 @@
 """Corrections of Megatron-Core that Megalodon needs and no spec or option can make.
 
 All are about optimizer checkpoints. Megatron's own models never mixed bf16 and float32
-parameters, and its developers always have apex or Transformer Engine. The last one concerns any
-model, where it would lose data.
+parameters, and its developers always have apex or Transformer Engine. The last ones concern any
+model: one would lose data, one refuses a new learning rate.
 
 Whether a correction is needed is asked of the installed code: several versions are in use, and
 what one lacks another has. Where Megatron has it, ours stays out.
@@ -21,6 +21,8 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
+from megalodon_mcore import param_group_schedules
+
 
 def apply() -> None:
     """Makes the corrections, once per process."""
@@ -29,6 +31,7 @@ def apply() -> None:
     apply.done = True
     if _orders_by_buffer():
         _order_float32_parameters_first()
+    _make_leaves_of_float32_parameters()
     if not _uses(DistributedOptimizer._set_main_param_and_optimizer_states, "no_grad"):
         _load_into_float32_parameters()
     if _uses(DistributedOptimizer.state_dict, "HAVE_APEX_OR_TE"):
@@ -36,6 +39,7 @@ def apply() -> None:
     _include_float32_parameters()
     if not _uses(DistributedOptimizer.sharded_param_state_fully_reshardable, "buckets"):
         _leave_padding_out_of_saved_offsets()
+    param_group_schedules.load_new_schedules()
 
 
 def _uses(method: Callable, name: str) -> bool:
@@ -78,6 +82,23 @@ def _order_float32_parameters_first() -> None:
         return positions, group_ranges
 
     _replace(DistributedOptimizer, "_build_optimizer_group_ranges", classmethod(build_in_order))
+
+
+def _make_leaves_of_float32_parameters() -> None:
+    """Lets the distributed optimizer offload float32 parameters to the CPU.
+
+    Its parts of them are views that require gradients, which a new optimizer
+    (HybridDeviceOptimizer, of --optimizer-cpu-offload) does not take: "can't optimize a non-leaf
+    Tensor". Its parts of bf16 parameters require none, and so do these where none are recorded.
+    """
+    name = "_build_model_and_main_param_groups"
+    build = getattr(DistributedOptimizer, name).__func__
+
+    @torch.no_grad()
+    def build_leaves(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return build(cls, *args, **kwargs)
+
+    _replace(DistributedOptimizer, name, classmethod(build_leaves))
 
 
 def _load_into_float32_parameters() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megalodon_mcore import checkpoint_tokenizer, missing_kernels
 from megalodon_mcore.config import INIT_MODES, SIZES
+from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 
@@ -32,9 +33,10 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: the arguments are wrong (2) or Megatron exits by itself.
     """
-    from megalodon_mcore import cpu
+    from megalodon_mcore import child_processes, cpu
 
     missing_kernels.say_on_a_gpu()
+    child_processes.end_with_parent()
     cpu.install()
     prepare_megatron()
     stand_alone_environment()
@@ -75,21 +77,27 @@ def run() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megalodon_mcore.param_group_schedules import ScheduleMismatchError
+
     try:
         args = parse_arguments()
+        check_optimizer(args)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     model_config = model_config_from_arguments(args)
     check_model(model_config)
     keep_tokenizer(args)
     datasets_provider.is_distributed = True
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        get_embedding_ranks=get_embedding_ranks,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=get_embedding_ranks,
+        )
+    except ScheduleMismatchError as error:
+        raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
 
 
 def keep_tokenizer(args: Namespace) -> None:
@@ -130,6 +138,8 @@ def parse_arguments(
             checkpoint_tokenizer.settle_arguments(args, named, tokenizer_option)
     if args.spec is not None and len(args.spec) == 1:
         args.spec = [args.spec[0], "spec"]
+    if args.dist_ckpt_optim_fully_reshardable is None:
+        args.dist_ckpt_optim_fully_reshardable = can_save_fully_reshardable(args)
     try:
         validate_args(args)
     except AssertionError as error:
@@ -148,6 +158,12 @@ def _prepare_parser(parser: ArgumentParser) -> ArgumentParser:
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     return parser
+
+
+def can_save_fully_reshardable(args: Namespace) -> bool:
+    """Whether the optimizer's state goes from this run's checkpoints to any layout if asked to."""
+    is_local = args.non_persistent_ckpt_type == "local"
+    return args.use_distributed_optimizer and args.ckpt_format == "torch_dist" and not is_local
 
 
 def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
@@ -268,6 +284,14 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
         choices=LINEAR_LAYERS,
         help="Which linear layers emulate FP8 (all of them).",
     )
+    group.add_argument(
+        "--no-dist-ckpt-optim-fully-reshardable",
+        dest="dist_ckpt_optim_fully_reshardable",
+        action="store_false",
+        help="Save the distributed optimizer as Megatron does by default: faster, and for other "
+        "numbers of data-parallel ranks alone. Here --dist-ckpt-optim-fully-reshardable is the "
+        "default with --use-distributed-optimizer and torch_dist checkpoints.",
+    )
     parser.set_defaults(**_defaults())
     # Megatron's own usage line runs over several hundred arguments before it says what is wrong.
     parser.prog = "megalodon-mcore pretrain"
@@ -306,6 +330,8 @@ def _defaults() -> dict[str, Any]:
         "create_attention_mask_in_dataloader": False,
         # Whole matrices, as in one process; Megatron's blockwise gives each layout other updates.
         "muon_tp_mode": "duplicated",
+        # Neither; parse_arguments settles it.
+        "dist_ckpt_optim_fully_reshardable": None,
     }
     if not missing_kernels.is_installed("fused_weight_gradient_mlp_cuda"):
         defaults["gradient_accumulation_fusion"] = False
