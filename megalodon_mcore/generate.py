@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
+from megalodon_mcore.data.end_token import tokenize_prompt
 from megalodon_mcore.sampling import Sampler
+
+BYTE_ORDER_MARK = "\ufeff"
+REPLACEMENT = "\ufffd"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -73,7 +77,7 @@ def run(args: Namespace) -> int:
     prompt = read_prompt(args)
     with redirect_stdout(sys.stderr):
         loaded = load_model(args.checkpoint, args.iteration, tokenizer=args.tokenizer)
-    prompt_ids = loaded.tokenizer.tokenize(prompt) if prompt else []
+    prompt_ids = tokenize_prompt(loaded.tokenizer, prompt)
     stream = generate_tokens(
         StreamingModel(loaded.model, loaded.arguments.megalodon_chunk_size),
         prompt_ids or [loaded.tokenizer.eod],
@@ -99,8 +103,8 @@ def read_prompt(args: Namespace) -> str:
         args.prompt_file is None and not sys.stdin.isatty()
     )
     if from_standard_input:
-        return sys.stdin.read()
-    return args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else ""
+        return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
+    return args.prompt_file.read_text(encoding="utf-8-sig") if args.prompt_file else ""
 
 
 def generate_tokens(
@@ -144,20 +148,19 @@ def decode_stream(
 ) -> Iterator[str]:
     """Yields the text that each token adds, holding back characters that are not yet whole.
 
-    Decodes a short window again and again, since tokens may merge with their neighbours.
+    Decodes a short window again and again, since tokens may merge with their neighbours. Only
+    replacement marks at the end can still change: they may be the beginning of a character, of
+    which up to three bytes, each one mark, come before the last.
     """
-    shown = list(prompt_ids[-window:])
-    pending: list[int] = []
+    shown, held = list(prompt_ids[-window:]), ""
     for token in tokens:
-        pending.append(token)
         before = tokenizer.detokenize(shown) if shown else ""
-        text = tokenizer.detokenize(shown + pending)
-        # An unfinished UTF-8 character decodes to a replacement mark; four bytes finish any.
-        if text.endswith("\ufffd") and len(pending) < 4:
-            continue
-        yield text[len(before) :]
-        shown = (shown + pending)[-window:]
-        pending = []
-    if pending:
-        before = tokenizer.detokenize(shown) if shown else ""
-        yield tokenizer.detokenize(shown + pending)[len(before) :]
+        shown.append(token)
+        text = tokenizer.detokenize(shown)
+        added = text[max(0, len(before) - len(held)) :]
+        final = added.rstrip(REPLACEMENT)
+        final = added[: max(len(final), len(added) - 3)]
+        yield final
+        held = added[len(final) :]
+        shown = shown[-window:]
+    yield held

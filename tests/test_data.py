@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from megalodon_mcore.data.byte_tokenizer import (
     encode_bytes,
     write_byte_tokenizer,
 )
+from megalodon_mcore.data.end_token import tokenize_prompt
+from megalodon_mcore.data.megatron_split import split_bounds, working_split
 from megalodon_mcore.data.metadata import PreparedData, metadata_path
 from megalodon_mcore.data.sentences import PunktSplitter
 from megalodon_mcore.data.splitting import parse_split, plan_split
@@ -164,6 +167,31 @@ def test_json_lines(tmp_path):
             list(sources.iterate_documents(sources.find_files([bad])))
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    marked = b"\xef\xbb\xbf"
+    text = "one\n\ntwo \ufeff"
+    path = _write(tmp_path / "a.txt", "\ufeff" + text)
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(marked + b'{"text": "one"}\n')
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+
+    def read(path, rule="file", **options):
+        found = sources.find_files([path])
+        return [d.text for d in sources.iterate_documents(found, rule, **options)]
+
+    assert read(path) == [text] and read(path, max_bytes=4) == ["one\n"]
+    assert read(path, "line") == ["one", "two \ufeff"] == read(path, "paragraph")
+    assert read(lines) == read(packed) == ["one"]
+    assert read(_write(tmp_path / "empty.txt", "\ufeff")) == []
+    prepared = _prepare([path], tmp_path / "d", append_eod=False)
+    assert _documents(prepared.datasets["all"].prefix) == [list(text.encode())]
+    wide = tmp_path / "wide.txt"
+    wide.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match="wide.txt: not UTF-8 text .* iconv -f utf-16 -t utf-8"):
+        read(wide)
+
+
 def test_python_stdlib_sources():
     files = sources.python_stdlib_sources()
     assert files == [file.path for file in sources.find_files([sources.PYTHON_STDLIB])]
@@ -256,6 +284,23 @@ def test_plan_split_shares():
     for bad in ("0,1", "a", "1,-1", "1,1,1,1", "", "nan"):
         with pytest.raises(ValueError, match="--split"):
             parse_split(bad)
+
+
+def test_printed_split_leaves_no_part_empty(tmp_path):
+    for count in (*range(1, 3000), 12_345, 1_000_001):
+        bounds = split_bounds(working_split(count), count)
+        there = [bound for bound in bounds if bound is not None]
+        assert len(there) == min(count, 3)
+        assert all(start < stop for start, stop in there)
+        assert [start for start, _ in there] + [count] == [0, *(stop for _, stop in there)]
+    assert [working_split(count) for count in (1, 2, 3, 9, 200)] == [
+        *("1,0,0", "1,1,0", "1,1,1", "7,1,1", "900,50,50")
+    ]
+    source = _write(tmp_path / "a.txt", "one\ntwo\nthree")
+    prepared = _prepare([source], tmp_path / "d", documents="line")
+    assert prepared.megatron_arguments()[-2:] == ["--split", "1,1,1"]
+    prepared = _prepare([source], tmp_path / "e")
+    assert prepared.megatron_arguments()[-2:] == ["--split", "1,0,0"]
 
 
 def _gpt_config(prepared, blend, **options):
@@ -356,6 +401,44 @@ def test_hugging_face_tokenizer_ids_are_megatrons(tmp_path, corpus, bpe_folder):
     assert _documents(prepared.datasets["all"].prefix) == expected
     by_file = _prepare([folder], tmp_path / "e", tokenizer=str(bpe_folder / "tokenizer.json"))
     assert by_file.tokenizer_model == prepared.tokenizer_model
+
+
+def test_documents_end_in_one_end_token_and_prompts_in_none(tmp_path, bpe_folder):
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast.from_pretrained(bpe_folder)
+    plain.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    plain.save_pretrained(tmp_path / "both")
+    ids = plain("The whale", add_special_tokens=False).input_ids
+    assert plain("The whale").input_ids == [0, *ids, 1]
+
+    texts = ["The whale", "The whale</s>", "The whale</s></s>"]
+    source = _write(tmp_path / "a.jsonl", "\n".join(json.dumps({"text": t}) for t in texts))
+    for name in ("both", bpe_folder):
+        prepared = _prepare(
+            [source], tmp_path / "d", tokenizer=str(tmp_path / name), overwrite=True
+        )
+        assert _documents(prepared.datasets["all"].prefix) == [[0, *ids, 1]] * 3
+        choice = encoders.TokenizerChoice(prepared.tokenizer_type, Path(prepared.tokenizer_model))
+        tokenizer = encoders.build_megatron_tokenizer(choice)
+        assert tokenize_prompt(tokenizer, "The whale") == [0, *ids]
+        assert tokenize_prompt(tokenizer, "The whale</s>") == [0, *ids, 1]
+        assert tokenize_prompt(tokenizer, "") == []
+
+    numbers = SimpleNamespace(tokenize=lambda text: list(map(int, text.split())), eod=127)
+    assert tokenize_prompt(numbers, "1 127") == [1, 127]  # as Megatron's NullTokenizer
+
+    halves = _prepare(
+        [_write(tmp_path / "b.txt", "The whale|The whale")],
+        tmp_path / "s",
+        tokenizer=str(tmp_path / "both"),
+        split_sentences=True,
+        sentence_splitter=lambda text: text.split("|"),
+    )
+    assert _documents(halves.datasets["all"].prefix) == [[0, *ids, 0, *ids, 1]]
 
 
 def test_sentencepiece_ids_are_megatrons(tmp_path, corpus):

@@ -80,11 +80,35 @@ def test_streamed_text_is_the_decoded_text(tokenizer, text):
     assert "".join(decode_stream(tokenizer, list(b"prompt"), iter(ids))) == text
 
 
-def test_streamed_text_survives_invalid_bytes(tokenizer):
-    ids = random.Random(0).choices(range(256), k=400)
-    pieces = list(decode_stream(tokenizer, [], iter(ids)))
-    plain = [chr(i) for i in ids if i < 128]
-    assert [c for c in "".join(pieces) if ord(c) < 128] == plain
+def test_streamed_text_is_the_decoded_text_after_invalid_bytes(tokenizer):
+    ids = [0xFF, 0xFF, 0xE2, 0x82, 0xAC, 0x42]
+    assert "".join(decode_stream(tokenizer, [], iter(ids))) == "\ufffd\ufffd\u20acB"
+    assert "".join(decode_stream(tokenizer, [], iter(ids[:4]))) == "\ufffd\ufffd\ufffd"
+    chance = random.Random(0)
+    whole = "a\u00e9\u20ac\U0001f988"
+    for _ in range(50):
+        ids = [b for _ in range(20) for b in chance.choice(whole).encode()[: chance.randint(1, 4)]]
+        ids += chance.choices(range(256), k=20)
+        pieces = list(decode_stream(tokenizer, [], iter(ids)))
+        assert "".join(pieces) == bytes(ids).decode(errors="replace")
+
+
+class OneMarkAByte:
+    """As SentencePiece does: of an unfinished character every byte is a replacement mark."""
+
+    def detokenize(self, ids):
+        return bytes(ids).decode(errors="surrogateescape").translate(self.marks)
+
+    marks = {0xDC00 + byte: "\ufffd" for byte in range(128, 256)}
+
+
+def test_streamed_text_waits_for_characters_whose_every_byte_is_a_mark():
+    text = "\ufffd\ufffd\u20acB\U0001f988\ufffd"
+    ids = [0xFF, 0xFF, *"\u20acB\U0001f988".encode(), 0xF0]
+    assert "".join(decode_stream(OneMarkAByte(), [], iter(ids))) == text
+    assert list(decode_stream(OneMarkAByte(), [], iter([0xFF] * 5))) == [
+        *("", "", "", "\ufffd", "\ufffd", "\ufffd" * 3)
+    ]
 
 
 def test_prompt_comes_from_argument_file_or_standard_input(tmp_path, monkeypatch):
@@ -92,6 +116,10 @@ def test_prompt_comes_from_argument_file_or_standard_input(tmp_path, monkeypatch
     assert read_prompt(Namespace(prompt="given", prompt_file=None)) == "given"
     file = tmp_path / "prompt.txt"
     assert read_prompt(Namespace(prompt=None, prompt_file=file)) == "from file é"
+    file.write_text("\ufefffrom an editor", encoding="utf-8")
+    assert read_prompt(Namespace(prompt=None, prompt_file=file)) == "from an editor"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffpiped"))
+    assert read_prompt(Namespace(prompt=None, prompt_file=Path("-"))) == "piped"
     monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
     assert read_prompt(Namespace(prompt=None, prompt_file=Path("-"))) == "piped"
     monkeypatch.setattr("sys.stdin", io.StringIO("piped"))

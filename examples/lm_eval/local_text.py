@@ -41,7 +41,7 @@ def questions(text: str = "", **ignored: object) -> dict[str, Dataset]:
 def _read(text: str) -> list[str]:
     if not text or not Path(text).is_file():
         raise FileNotFoundError(f"""No file {text!r}; name one: --metadata '{{"text": "FILE"}}'.""")
-    content = Path(text).read_text(encoding="utf-8")
+    content = Path(text).read_text(encoding="utf-8-sig")
     if text.endswith(".jsonl"):
         return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
     return [content]

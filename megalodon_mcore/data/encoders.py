@@ -21,6 +21,7 @@ from megalodon_mcore.data.byte_tokenizer import (
     encode_bytes,
     write_byte_tokenizer,
 )
+from megalodon_mcore.data.end_token import without_end
 from megalodon_mcore.data.sentences import SentenceSplitter
 from megalodon_mcore.data.sources import Document
 
@@ -118,7 +119,10 @@ class Encoder:
     def __call__(self, document: Document) -> EncodedDocument:
         """Encode one document. Sentences that give no token are left out, as in Megatron's tool."""
         texts = [document.text] if self._split is None else self._split(document.text)
-        sequences = [sequence for sequence in map(self._encode, texts) if len(sequence)]
+        sequences = map(self._encode, texts)
+        if self._append_eod:  # once, where the tokenizer or the text ends in the token already
+            sequences = (without_end(sequence, self.eod_id) for sequence in sequences)
+        sequences = [sequence for sequence in sequences if len(sequence)]
         lengths = [len(sequence) for sequence in sequences]
         ids = np.empty(sum(lengths) + self._append_eod, dtype=self._dtype)
         stop = 0

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalodon_mcore.data.megatron_split import working_split
+
 _FORMAT = 1
 
 
@@ -53,7 +55,7 @@ class PreparedData:
             option = "--data-path" if name == "all" else f"--{name}-data-path"
             arguments += [option, dataset.prefix]
         if "all" in self.datasets:
-            arguments += ["--split", "900,50,50"]
+            arguments += ["--split", working_split(self.datasets["all"].sequences)]
         return arguments
 
     def megatron_command_line(self) -> str:

@@ -100,7 +100,7 @@ def iterate_documents(
     max_bytes: int | None = None,
     on_skip: Callable[[Path], None] | None = None,
 ) -> Iterator[Document]:
-    """The documents of the files in order; empty documents are left out.
+    """The documents of the files in order, without byte order marks; empty ones are left out.
 
     Args:
         files: what `find_files` returned.
@@ -135,6 +135,8 @@ def iterate_documents(
 
 def _read(path: Path, documents: str, json_key: str, limit: int | None) -> Iterator[Document]:
     with _open(path) as stream:
+        if stream.peek(3)[:3] == codecs.BOM_UTF8:  # it says what the encoding is and is no text
+            stream.read(3)
         if path.name.lower().endswith(JSON_SUFFIXES):
             yield from _read_json_lines(stream, path, json_key)
         elif documents == "file":
@@ -204,9 +206,10 @@ def _decoded(data: bytes, path: Path, line: int | None = None, cut: bool = False
         return codecs.getincrementaldecoder("utf-8")().decode(data) if cut else data.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"{path}, line {line}" if line else f"{path}"
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise ValueError(
             f"{where}: not UTF-8 text (byte {error.start}: {error.reason}); convert it first, "
-            f"for example with: iconv -f latin1 -t utf-8"
+            f"for example with: iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
         ) from error
 
 
