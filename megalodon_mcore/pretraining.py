@@ -82,6 +82,7 @@ def run() -> None:
     try:
         args = parse_arguments()
         check_optimizer(args)
+        check_run(args)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     model_config = model_config_from_arguments(args)
@@ -166,6 +167,19 @@ def can_save_fully_reshardable(args: Namespace) -> bool:
     return args.use_distributed_optimizer and args.ckpt_format == "torch_dist" and not is_local
 
 
+def check_run(args: Namespace) -> None:
+    """Checks what does not concern the model: the data, its evaluation, and what needs a GPU.
+
+    Raises:
+        ValueError: one sentence names the argument, its value and what would work.
+    """
+    from megalodon_mcore import evaluation
+    from megalodon_mcore.gpu_arguments import check_gpu_arguments
+
+    check_gpu_arguments(args)
+    evaluation.prepare(args)
+
+
 def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
     """Megatron's GPTModelConfig, also where tensor-parallel ranks share a head.
 
@@ -193,6 +207,7 @@ def check_model(model_config: Any) -> None:  # noqa: ANN401
     Raises:
         SystemExit: with the one sentence of the ValueError, or Transformer Engine has no GPU.
     """
+    from megalodon_mcore.gpu_arguments import count_gpus
     from megalodon_mcore.spec import MegalodonSpec
 
     spec = model_config.transformer_layer_spec
@@ -202,9 +217,8 @@ def check_model(model_config: Any) -> None:  # noqa: ANN401
         spec.check(model_config.transformer, model_config.position_embedding_type)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
-    # Not torch.cuda, for which the CPU may stand in.
-    gpus = getattr(torch._C, "_cuda_getDeviceCount", int)()
-    if model_config.transformer.transformer_impl == "transformer_engine" and not gpus:
+    implementation = model_config.transformer.transformer_impl
+    if implementation == "transformer_engine" and not count_gpus():
         raise SystemExit(
             "megalodon-mcore pretrain: --transformer-impl is transformer_engine, whose layers run "
             "on GPUs alone, and there is none; take --transformer-impl local."
@@ -345,11 +359,16 @@ def _defaults() -> dict[str, Any]:
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
     """Megatron's forward step: token losses [batch, length] and the function that sums them."""
     from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_timers
+    from megatron.training import get_args, get_timers
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    args = get_args()
+    batch = get_batch(
+        data_iterator,
+        get_attr_wrapped_model(model, "vp_stage"),
+        args.micro_batch_size if model.training else args.eval_micro_batch_size,
+    )
     timers("batch-generator").stop()
     losses = model(
         batch["tokens"],
@@ -361,7 +380,9 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
     return losses, partial(sum_losses, batch["loss_mask"])
 
 
-def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor | None]:
+def get_batch(
+    data_iterator: Iterator, vp_stage: int | None, micro_batch_size: int
+) -> dict[str, Tensor | None]:
     """The next micro-batch on the stages that need it; tensors are [batch, length]."""
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -387,7 +408,7 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -464,6 +485,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         is_first_or_last_pipeline_stage,
     )
 
+    from megalodon_mcore.evaluation import samples_to_build
+
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -472,7 +495,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
+        multiple_validation_sets=args.validation_sets_apart,
         full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
@@ -499,7 +522,10 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         )
 
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset, num_samples, is_needed_here, config
+        MockGPTDataset if args.mock_data else GPTDataset,
+        samples_to_build(args, num_samples),
+        is_needed_here,
+        config,
     ).build()
 
 

@@ -1,0 +1,122 @@
+"""What training, validation and test find in Megatron's indexed datasets, before anything is built.
+
+Megatron's GPTDataset repeats its documents until they make the samples that are asked for, of an
+empty split for ever.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megalodon_mcore.data.megatron_split import split_bounds, working_split
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+NAMES = ("training", "validation", "test")
+PER_SPLIT_ARGUMENTS = ("--train-data-path", "--valid-data-path", "--test-data-path")
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """Datasets of one split: the argument that names them, and each one's tokens in it."""
+
+    argument: str
+    prefixes: list[str]
+    weighted: bool
+    tokens: list[int]
+
+
+def find_splits(args: Namespace) -> list[SplitData | None]:
+    """Training, validation and test data as Megatron will take them; None for what has none.
+
+    Raises:
+        ValueError: a dataset is missing or a split of it is empty; one sentence names it.
+    """
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    if args.mock_data:
+        return [SplitData("--mock-data", [], False, [])] * len(NAMES)
+    blend, blends = get_blend_and_blend_per_split(args)
+    if blend is not None:
+        argument = "--data-path" if args.data_args_path is None else "--data-args-path"
+        return _cut(argument, *blend, args.split)
+    if blends is None:
+        raise ValueError(
+            "Neither --data-path nor --train-data-path is given; take what prepare-data printed, "
+            "or --mock-data."
+        )
+    if args.split is not None:
+        raise ValueError(
+            f"--split is {args.split}, but {' and '.join(PER_SPLIT_ARGUMENTS)} are divided "
+            "already; leave it out."
+        )
+    common = args.per_split_data_args_path and "--per-split-data-args-path"
+    return [
+        None if of_split is None else _whole(common or argument, *of_split)
+        for argument, of_split in zip(PER_SPLIT_ARGUMENTS, blends, strict=True)
+    ]
+
+
+def _cut(
+    argument: str, prefixes: list[str], weights: list[float] | None, split: str
+) -> list[SplitData | None]:
+    """The splits of datasets that --split divides."""
+    found = {prefix: _open(argument, prefix) for prefix in prefixes}
+    found = {prefix: dataset for prefix, dataset in found.items() if dataset is not None}
+    splits = []
+    for place, name in enumerate(NAMES):
+        if split_bounds(split, 1)[place] is None:
+            splits.append(None)
+            continue
+        tokens = []
+        for prefix, dataset in found.items():
+            start, stop = split_bounds(split, len(dataset))[place]
+            tokens.append(_count(dataset, start, stop))
+            if not tokens[-1]:
+                fewest = min(map(len, found.values()))
+                raise ValueError(
+                    f"--split is {split}, which leaves the {name} data none of the "
+                    f"{len(dataset)} sequences of {prefix}; take --split {working_split(fewest)}."
+                )
+        splits.append(SplitData(argument, prefixes, weights is not None, tokens))
+    return splits
+
+
+def _whole(argument: str, prefixes: list[str], weights: list[float] | None) -> SplitData:
+    found = [_open(argument, prefix) for prefix in prefixes]
+    tokens = [_count(dataset, 0, len(dataset)) for dataset in found if dataset is not None]
+    return SplitData(argument, prefixes, weights is not None, tokens)
+
+
+def _count(dataset: IndexedDataset, start: int, stop: int) -> int:
+    return int(np.sum(dataset.sequence_lengths[start:stop], dtype=np.int64))
+
+
+def _open(argument: str, prefix: str) -> IndexedDataset | None:
+    """A dataset with tokens in it; None where another rank has to look."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.object_storage_utils import is_object_storage_path
+
+    if is_object_storage_path(prefix):
+        return None
+    missing = [f"{prefix}{end}" for end in (".idx", ".bin") if not Path(f"{prefix}{end}").is_file()]
+    if missing and int(os.environ.get("RANK", "0")):
+        return None  # ranks without data may run where there is none
+    if missing:
+        raise ValueError(
+            f"{argument} names {prefix}, but {missing[0]} does not exist; give a prefix that "
+            "prepare-data printed."
+        )
+    dataset = IndexedDataset(prefix)
+    if not _count(dataset, 0, len(dataset)):
+        raise ValueError(
+            f"{argument} names {prefix}, which holds no tokens; leave it out or prepare it anew."
+        )
+    return dataset
