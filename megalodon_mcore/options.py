@@ -289,7 +289,7 @@ OTHER_PROGRAMS = """
     inference_logging_step_interval inference_text_gen_server_logging inference_wandb_logging
     inference_coordinator_port inference_use_synchronous_zmq_collectives
     inference_disable_ep_consensus inference_shards rl_max_inflight_requests
-    rl_durable_rollout_bank rl_rollout_bank_dir
+    rl_durable_rollout_bank rl_rollout_bank_max_bytes rl_rollout_bank_dir
 """
 """Of inference servers, reinforcement learning, distillation, vision, BERT and T5."""
 

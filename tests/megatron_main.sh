@@ -32,6 +32,6 @@ print(f"megatron.core {__version__}:", subprocess.run(commit, capture_output=Tru
 EOF
 if [ $# -eq 0 ]; then
     set -- -m "not transformer_engine and not bridge" \
-        tests/test_spec.py tests/layers tests/distributed tests/training
+        tests/test_options.py tests/test_spec.py tests/layers tests/distributed tests/training
 fi
 exec python -m pytest "$@"
