@@ -60,6 +60,8 @@ def apex(monkeypatch):
 
 @pytest.mark.parametrize(("hidden_size", "used"), [(1024, "persistent"), (48, "fused")])
 def test_its_norms_compute_what_ours_do(apex, hidden_size, used):
+    # Two orders of float32 sums round to the same bf16 but for one number in some thousands.
+    torch.manual_seed(0)
     config = transformer_config(persist_layer_norm=True, normalization="RMSNorm")
     builder = MegalodonSpec().layer_submodules(config).feed_forward_norm
     assert isinstance(builder, functools.partial) and builder.func is ApexLayerNorm
