@@ -32,16 +32,42 @@ def end_with_parent() -> None:
     def start_watching(self: BaseProcess) -> None:
         # A fork server's children are not this process's.
         if (self._start_method or get_start_method()) != "forkserver":
-            self._target = functools.partial(_watch_and_run, os.getpid(), self._target)
+            self._target = functools.partial(_run, _Parent(os.getpid()), self._target)
         start(self)
 
     start_watching.watches = True
     BaseProcess.start = start_watching
 
 
-def _watch_and_run(parent: int, target: Callable | None, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+class _Parent:
+    """A process to watch, from when this is unpickled in another: before what follows it is, since
+    that may import all of training's libraries.
+    """
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        self.watcher: int | None = None
+
+    def __reduce__(self) -> tuple:
+        return _watched, (self.process,)
+
+    def watch(self) -> None:
+        """Starts to, if this process, which may have been forked, does not yet."""
+        if self.watcher != os.getpid():
+            self.watcher = os.getpid()
+            target, args = _watch, (self.process,)
+            threading.Thread(target=target, args=args, name="parent watch", daemon=True).start()
+
+
+def _watched(process: int) -> _Parent:
+    parent = _Parent(process)
+    parent.watch()
+    return parent
+
+
+def _run(parent: _Parent, target: Callable | None, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    parent.watch()
     end_with_parent()
-    threading.Thread(target=_watch, args=(parent,), name="parent watch", daemon=True).start()
     if target is not None:
         target(*args, **kwargs)
 

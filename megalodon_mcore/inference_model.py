@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 
 from megalodon_mcore import cpu, pretraining
+from megalodon_mcore.conversion.first_line import first_line
+from megalodon_mcore.conversion.mcore_checkpoint import TRACKER, checkpoint_folder
 
 
 @dataclass
@@ -39,13 +43,16 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is no finished checkpoint in the folder.
-        ValueError: `tokenizer` holds none.
+        ValueError: `tokenizer` holds none, or the checkpoint is damaged.
     """
-    if not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
+    if not (checkpoint / TRACKER).is_file():
         raise FileNotFoundError(
             f"{checkpoint} holds no finished checkpoint; give the folder that training had as "
             "--save."
         )
+    place = checkpoint_folder(checkpoint, iteration)
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place} is missing.")
     if tokenizer is not None:
         arguments = (*arguments, *_tokenizer_arguments(tokenizer))
     if not torch.distributed.is_initialized():
@@ -60,17 +67,34 @@ def load_model(
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    parsed = _parse_arguments(checkpoint, iteration, arguments)
-    initialize_megatron()
-    model_config = gpt_config_from_args(parsed)
-    models = GPTModelBuilder(model_config).build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
-    loaded_iteration, _ = load_checkpoint(models, None, None)
+    with _one_sentence(place):
+        parsed = _parse_arguments(checkpoint, iteration, arguments)
+        initialize_megatron()
+        model_config = gpt_config_from_args(parsed)
+        models = GPTModelBuilder(model_config).build_distributed_models(
+            ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        loaded_iteration, _ = load_checkpoint(models, None, None)
+        built = build_tokenizer(parsed)
     model = models[0]
     while hasattr(model, "module"):
         model = model.module
-    return LoadedModel(model.eval(), build_tokenizer(parsed), parsed, loaded_iteration)
+    return LoadedModel(model.eval(), built, parsed, loaded_iteration)
+
+
+@contextmanager
+def _one_sentence(place: Path) -> Iterator[None]:
+    """Megatron and torch meet a damaged file with errors of many kinds, some of them no Exception.
+
+    Raises:
+        ValueError: for any of them.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(f"{place} could not be loaded: {first_line(error)}.") from error
 
 
 def _tokenizer_arguments(place: Path) -> tuple[str, ...]:

@@ -621,10 +621,10 @@ def test_command_line(tmp_path, corpus, capsys):
     out, err = capsys.readouterr()
     assert PreparedData.load(prefix).megatron_command_line() in out
     assert "tokenizing" in err
-    assert prepare.run(parser.parse_args(words)) == 1
+    assert prepare.run(parser.parse_args(words)) == 2
     assert "--overwrite" in capsys.readouterr().err
     for wrong in (["--workers", "0"], ["--split", "x"], ["--max-bytes", "0"]):
-        assert prepare.run(parser.parse_args([*words, "--overwrite", *wrong])) == 1
+        assert prepare.run(parser.parse_args([*words, "--overwrite", *wrong])) == 2
         assert wrong[0] in capsys.readouterr().err
     assert PreparedData.load(prefix).datasets["train"].documents  # still there
 

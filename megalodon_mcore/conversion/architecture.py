@@ -8,6 +8,9 @@ from typing import Any
 
 from megalodon_mcore.config import MegalodonConfig
 
+MAX_LAYERS = 10_000
+"""More are a damaged number, of which no list can be made."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -49,6 +52,8 @@ class Architecture:
         for name in ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive integer.")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers is {self.num_layers}; it takes {MAX_LAYERS} at most.")
         for name in ("rotary_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number.")

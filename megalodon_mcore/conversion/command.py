@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megalodon_mcore.conversion.first_line import first_line
 from megalodon_mcore.conversion.hf_folder import open_hf, write_hf
 from megalodon_mcore.conversion.mapping import Parameter
 from megalodon_mcore.conversion.mcore_checkpoint import open_mcore, write_mcore
@@ -86,7 +87,13 @@ def run(args: Namespace) -> int:
         raise FileNotFoundError(f"{args.input} is no folder.")
     try:
         with new_folder(args.output, args.input, args.overwrite) as folder:
-            model = open_model(args)
+            try:
+                model = open_model(args)
+            except (ValueError, FileNotFoundError):
+                raise
+            except Exception as error:  # Bytes that changed can say anything.
+                what = f"{type(error).__name__}: {first_line(error)}"
+                raise ValueError(f"{args.input} is damaged ({what}).") from None
             dtype = DTYPES[args.dtype] if args.dtype else model.dtype
             write = {
                 "mcore": partial(

@@ -83,11 +83,11 @@ def open_hf(folder: Path) -> OpenModel:
     named = values.get("dtype") or values.get("torch_dtype")
     if named is None:
         named = str(tensors.read("model.layers.0.wz.weight").dtype).removeprefix("torch.")
-    if named not in DTYPES:
+    if not isinstance(named, str) or named not in DTYPES:
         raise ValueError(f"{origin} has dtype {named!r}; it takes {', '.join(DTYPES)}.")
     tokenizer = open_tokenizer(folder)
     if tokenizer is None and values.get("eos_token_id") is not None:
-        tokenizer = Tokenizer(NULL_TOKENIZER, (), _first(values["eos_token_id"]))
+        tokenizer = Tokenizer(NULL_TOKENIZER, (), _first(values["eos_token_id"], origin))
     training = values.get(TRAINING)
     return OpenModel(
         architecture,
@@ -172,5 +172,8 @@ def _with_derived(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json describes no model: {'; '.join(wrong) or error}.") from None
 
 
-def _first(ids: int | list[int]) -> int:
-    return ids[0] if isinstance(ids, list) else ids
+def _first(ids: Any, origin: str) -> int:  # noqa: ANN401
+    found = ids[0] if isinstance(ids, list) and ids else ids
+    if not isinstance(found, int):
+        raise ValueError(f"{origin} has eos_token_id {ids!r}; it takes an integer or several.")
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.conversion.first_line import first_line
 from megalodon_mcore.conversion.mapping import Parameter
 
 
@@ -51,7 +52,12 @@ class OpenModel:
             ValueError: as fetch, or its shape or type is not the configuration's, or a value is
                 NaN or infinite.
         """
-        tensor = self.fetch(parameter)
+        try:
+            tensor = self.fetch(parameter)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{parameter.hf} cannot be read: {first_line(error)}.") from None
         if tuple(tensor.shape) != parameter.shape:
             raise ValueError(
                 f"{parameter.hf} has shape {list(tensor.shape)}; the configuration makes it "

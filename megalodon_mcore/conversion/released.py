@@ -66,7 +66,7 @@ def open_released(folder: Path) -> OpenModel:
     ranks, dtype = consolidated.get("model_parallel_size"), consolidated.get("dtype")
     if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= 100:
         raise ValueError(f"{folder}/consolidate_config.json has model_parallel_size {ranks!r}.")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{folder}/consolidate_config.json has dtype {dtype!r}.")
     configuration = read_object(folder / "config.json")
     values = configuration.get("model")
@@ -217,7 +217,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     shard = safe_load(path, str(path), [], mmap=True)
-    if not isinstance(shard, dict) or not all(isinstance(z, Tensor) for z in shard.values()):
+    if not isinstance(shard, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in shard.items()
+    ):
         raise ValueError(f"{path} holds no tensors by name.")
     return shard
 
@@ -255,6 +257,11 @@ def _check_keys(shards: list[dict], architecture: Architecture, folder: Path) ->
 
 
 def _check_constants(shards: list[dict], architecture: Architecture, folder: Path) -> None:
+    width = architecture.z_dim // architecture.num_heads
+    if any(tuple(shard[FREQUENCIES].shape) != (-(-width // 2),) for shard in shards):
+        raise ValueError(
+            f"{FREQUENCIES} in {folder} has not the width of its configuration's z_dim."
+        )
     expected = frequencies(architecture)
     for shard in shards:
         found = shard[FREQUENCIES]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megalodon_mcore.conversion.first_line import first_line
 from megalodon_mcore.conversion.raw_bytes import raw_bytes
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -74,4 +75,4 @@ def open_safetensors(path: Path) -> Any:  # noqa: ANN401
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}.") from None
+        raise ValueError(f"{path} is damaged or truncated: {first_line(error)}.") from None

@@ -68,13 +68,12 @@ class TensorFolder:
                 weights = read_object(self.folder / index).get("weight_map")
                 if not isinstance(weights, dict) or not weights:
                     raise ValueError(f"{self.folder / index} has no weight_map.")
-                names = sorted(set(weights.values()))
-                for name in names:
+                for name in weights.values():
                     if not isinstance(name, str) or Path(name).name != name:
                         raise ValueError(
                             f"{self.folder / index} names {name!r}, no file beside it."
                         )
-                return names
+                return sorted(set(weights.values()))
             if (self.folder / single).is_file():
                 return [single]
         raise FileNotFoundError(f"{self.folder} has neither {SINGLE} nor {INDEX}.")
@@ -84,7 +83,7 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
     opened = safe_load(path, str(path), [], mmap=True)
-    if not isinstance(opened, dict):
+    if not isinstance(opened, dict) or not all(isinstance(name, str) for name in opened):
         raise ValueError(f"{path} holds no tensors by name.")
     return opened
 

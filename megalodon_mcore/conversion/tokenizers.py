@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from megalodon_mcore.conversion.first_line import first_line
 from megalodon_mcore.conversion.json_file import read_object
 from megalodon_mcore.conversion.model import Tokenizer
 
@@ -69,9 +70,10 @@ def _load(folder: Path):  # noqa: ANN202
             "TokenizersBackend",
         ):
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # False, since left out it asks on standard input.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"The tokenizer in {folder} does not load: {error}") from None
+        raise ValueError(f"The tokenizer in {folder} does not load: {first_line(error)}.") from None
 
 
 def _sentencepiece(path: Path) -> Tokenizer:
@@ -86,4 +88,4 @@ def _processor(path: Path):  # noqa: ANN202
     try:
         return SentencePieceProcessor(model_file=str(path))
     except Exception as error:
-        raise ValueError(f"{path} is no SentencePiece model: {error}") from None
+        raise ValueError(f"{path} is no SentencePiece model: {first_line(error)}.") from None

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from megalodon_mcore.conversion.first_line import first_line
 from megalodon_mcore.data.byte_tokenizer import (
     END_OF_DOCUMENT_ID,
     VOCAB_SIZE,
@@ -161,7 +162,7 @@ def build_megatron_tokenizer(choice: TokenizerChoice) -> "MegatronTokenizerText"
     except Exception as error:  # the loaders raise a type of their own each
         raise ValueError(
             f"--tokenizer {str(choice.tokenizer_model)!r}: Megatron's {choice.tokenizer_type} "
-            f"cannot load it ({error})"
+            f"cannot load it ({first_line(error)})"
         ) from error
 
 

@@ -310,12 +310,13 @@ def run(args: argparse.Namespace) -> int:
         "append_eod max_bytes workers overwrite"
     ).split()
     try:
-        prepared = prepare_data(
-            args.inputs, args.output_prefix, **{name: getattr(args, name) for name in names}
-        )
+        with _no_new_folder_on_failure(Path(args.output_prefix).parent / BYTE_TOKENIZER_FOLDER):
+            prepared = prepare_data(
+                args.inputs, args.output_prefix, **{name: getattr(args, name) for name in names}
+            )
     except (ValueError, OSError, EOFError) as error:
-        print(f"prepare-data: error: {error}", file=sys.stderr)
-        return 1
+        print(f"megalodon-mcore prepare-data: {error}", file=sys.stderr)
+        return 2
     seconds = time.monotonic() - started
     for name, info in prepared.datasets.items():
         print(
@@ -420,6 +421,18 @@ def _existing_outputs(prefix: Path, names: dict[str, str]) -> list[Path]:
             pass  # a damaged sidecar is replaced as well
     files = [sidecar, *(Path(f"{stem}{ending}") for stem in stems for ending in (".idx", ".bin"))]
     return [file for file in dict.fromkeys(files) if file.exists()]
+
+
+@contextmanager
+def _no_new_folder_on_failure(folder: Path) -> Iterator[None]:
+    """Removes the folder if it is new and alone: another run may use it that writes beside it."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and folder.exists() and list(folder.parent.iterdir()) == [folder]:
+            shutil.rmtree(folder)
+        raise
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def iterate_documents(
             if on_skip is not None:
                 on_skip(file.path)
             continue
-        for document in _read(file.path, documents, json_key, left):
+        for document in _undamaged(_read(file.path, documents, json_key, left), file.path):
             if left is not None:
                 document = _shortened(document, left)
                 left -= len(document.text.encode("utf-8"))
@@ -131,6 +132,13 @@ def iterate_documents(
                 yield document
             if left is not None and left < 4:  # maybe no room for the next character
                 return
+
+
+def _undamaged(documents: Iterator[Document], path: Path) -> Iterator[Document]:
+    try:
+        yield from documents
+    except (zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from None
 
 
 def _read(path: Path, documents: str, json_key: str, limit: int | None) -> Iterator[Document]:

@@ -75,6 +75,8 @@ class MegalodonConfig(PreTrainedConfig):
         Raises:
             ValueError: a value does not fit; one sentence names it and what would work.
         """
+        if not isinstance(self.hidden_size, int):
+            raise ValueError(f"hidden_size is {self.hidden_size!r}; it takes a positive integer.")
         derived = {
             "z_dim": self.hidden_size // 4,
             "value_dim": 2 * self.hidden_size,
@@ -101,7 +103,7 @@ class MegalodonConfig(PreTrainedConfig):
             "piece_length",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value}; it takes a positive integer.")
         heads = self.num_attention_heads
         for name, factor, why in (("z_dim", 2 * heads, " pairs of"), ("value_dim", heads, "")):
@@ -116,13 +118,17 @@ class MegalodonConfig(PreTrainedConfig):
                 f"which is {self.hidden_size}."
             )
         for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
+            if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number.")
         for name in ("dropout", "hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it takes a number from 0 up to below 1."
                 )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 __all__ = ["MegalodonConfig"]

@@ -132,6 +132,11 @@ def test_wrong_tensors(good, source, fault, expected, tmp_path, capsys):
         ("released", "config.json", {"model": 3}, "has no model"),
         ("released", "consolidate_config.json", {"model_parallel_size": 2}, "is missing"),
         ("released", "consolidate_config.json", {"dtype": "fp8"}, "dtype"),
+        ("released", "consolidate_config.json", {"dtype": {}}, "has dtype {}"),
+        ("hf", "config.json", {"dtype": ["float32"]}, "has dtype ['float32']"),
+        ("hf", "config.json", {"num_hidden_layers": 2**31}, "num_layers is 2147483648"),
+        ("hf", "config.json", {"eos_token_id": []}, "has eos_token_id []"),
+        ("hf", "config.json", {"hidden_dropout": "0.1"}, "hidden_dropout is 0.1"),
     ],
 )
 def test_a_configuration_that_lies(good, source, file, values, expected, tmp_path, capsys):
@@ -153,6 +158,31 @@ def test_a_released_configuration_that_its_weights_contradict(
     values["model"][name] = value
     (given / "config.json").write_text(json.dumps(values))
     assert expected in refused("released", "hf", given, capsys)
+
+
+@pytest.mark.parametrize("error", [IndexError(), EOFError(), TypeError("odd\nlines"), KeyError(3)])
+def test_whatever_torch_says_of_a_file_is_one_sentence(good, error, tmp_path, capsys, monkeypatch):
+    given = shutil.copytree(good["released"], tmp_path / "given")
+
+    def load(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    assert "consolidated.pth is damaged: " in refused("released", "hf", given, capsys)
+
+
+def test_an_index_that_names_no_files(good, tmp_path, capsys):
+    given = shutil.copytree(good["hf"], tmp_path / "given")
+    index = {"weight_map": {"lm_head.weight": {"a": 1}}}
+    (given / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names {'a': 1}, no file beside it" in refused("hf", "mcore", given, capsys)
+
+
+def test_a_tokenizer_of_another_kind_asks_nothing(good, tmp_path, capsys):
+    """What may run code is refused; nobody is asked on standard input."""
+    given = shutil.copytree(good["hf"], tmp_path / "given")
+    (given / "tokenizer_config.json").write_text('{"tokenizer_class": "Unknown"}')
+    assert "does not load: " in refused("hf", "mcore", given, capsys)
 
 
 def test_no_json(good, tmp_path, capsys):
@@ -240,6 +270,16 @@ def test_what_is_no_checkpoint(good, tmp_path, capsys):
     (unfinished / "release" / ".metadata").unlink()
     assert "no save was finished" in refused("mcore", "hf", unfinished, capsys)
     assert "iter_0000007" in refused("mcore", "hf", unfinished, capsys, "--iteration", 7)
+
+
+@pytest.mark.parametrize("rank", ["mp_rank_00", "mp_rank_01_003"])
+def test_another_format_of_megatrons_is_named(tmp_path, rank, capsys):
+    folder = tmp_path / "given"
+    (folder / "iter_0000004" / rank).mkdir(parents=True)
+    torch.save({"args": None}, folder / "iter_0000004" / rank / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("4")
+    said = refused("mcore", "hf", folder, capsys)
+    assert "is of --ckpt-format torch and convert reads torch_dist" in said
 
 
 @pytest.mark.parametrize(

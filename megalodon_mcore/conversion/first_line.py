@@ -1,0 +1,9 @@
+"""Other libraries' errors, which may have many lines or none, for a sentence of ours."""
+
+from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or else its name, without a full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
