@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import functools
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import get_start_method
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 SECONDS = 0.5
-"""Between two looks at the parent."""
+"""Between two looks at the parent, where the system does not tell of its end."""
 
 
 def end_with_parent() -> None:
@@ -30,9 +30,7 @@ def end_with_parent() -> None:
 
     @functools.wraps(start)
     def start_watching(self: BaseProcess) -> None:
-        # A fork server's children are not this process's.
-        if (self._start_method or get_start_method()) != "forkserver":
-            self._target = functools.partial(_run, _Parent(os.getpid()), self._target)
+        self._target = functools.partial(_run, _Parent(os.getpid()), self._target)
         start(self)
 
     start_watching.watches = True
@@ -72,8 +70,23 @@ def _run(parent: _Parent, target: Callable | None, *args: Any, **kwargs: Any) ->
         target(*args, **kwargs)
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(SECONDS)
+def _watch(process: int) -> None:
+    """Waits for a process, which need not be this one's parent: a fork server may be."""
+    try:
+        descriptor = os.pidfd_open(process)
+        select.select([descriptor], [], [])
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):  # No Linux, or an old one.
+        while _exists(process):
+            time.sleep(SECONDS)
     # Nothing is left to be put in order: what it was writing, nobody will finish.
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
