@@ -21,6 +21,7 @@ from megalodon_mcore.conversion.tokenizers import (
     NULL_TOKENIZER,
     copy_tokenizer,
     open_tokenizer,
+    pad_on_the_left,
 )
 
 NAMES = {
@@ -124,6 +125,7 @@ def write_hf(
         shutil.copyfile(Path(megalodon_mcore.__file__).parent / "hf" / name, folder / name)
     if model.tokenizer:
         copy_tokenizer(model.tokenizer, folder)
+        pad_on_the_left(folder)
     (folder / "README.md").write_text(model_card(model, dtype), encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from megalodon_mcore.conversion.first_line import first_line
-from megalodon_mcore.conversion.json_file import read_object
+from megalodon_mcore.conversion.json_file import read_object, write_object
 from megalodon_mcore.conversion.model import Tokenizer
 
 NULL_TOKENIZER = "NullTokenizer"
@@ -55,6 +55,14 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     for file in tokenizer.files:
         name = file.name if tokenizer.kind == "HuggingFaceTokenizer" else "tokenizer.model"
         shutil.copyfile(file, folder / name)
+
+
+def pad_on_the_left(folder: Path) -> None:
+    """Makes left the side where a Hugging Face tokenizer pads by default, as generation wants."""
+    config = folder / "tokenizer_config.json"
+    if config.is_file() or (folder / "tokenizer.json").is_file():
+        values = read_object(config) if config.is_file() else {}
+        write_object(config, values | {"padding_side": "left"})
 
 
 def _load(folder: Path):  # noqa: ANN202

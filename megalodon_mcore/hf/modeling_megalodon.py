@@ -35,6 +35,8 @@ from .configuration_megalodon import MegalodonConfig
 CEMA_BLOCK = 64
 # Up to this length CEMA's plain recurrence costs less than building a block's matrices.
 CEMA_SHORT = 8
+# Arguments by which transformers' collators and trainers mark samples packed into one row.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 class LayerState(NamedTuple):
@@ -129,6 +131,33 @@ class Span(NamedTuple):
     kept: Tensor | slice | None
 
 
+def first_span(
+    config: MegalodonConfig, lengths: Tensor | None, like: Tensor, return_state: bool
+) -> Span:
+    """The span of rows that start with `like`, where their lengths need not be looked at.
+
+    So that a compiled or exported model has no branch on data: there is no state to return, or
+    lengths is None, because nothing is padded.
+    """
+    batch, length = like.shape[:2]
+    position = torch.arange(length, device=like.device)[None]
+    if lengths is None:
+        lengths = position.new_full((batch,), length)
+    lengths = lengths.to(like.device)
+    kept = slice(length - length % config.chunk_size, length) if return_state else None
+    cos, sin = angles(config, position, like)
+    return Span(torch.zeros_like(lengths), lengths, cos, sin, None, kept)
+
+
+def angles(config: MegalodonConfig, position: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotations at positions int64 [rows, length]."""
+    pairs = torch.arange(config.z_dim // config.num_attention_heads // 2, device=like.device)
+    frequency = config.rope_theta ** (-pairs.double() / len(pairs))
+    angle = ((position % config.chunk_size)[..., None] * frequency)[:, :, None]
+    dtype = at_least_float32(like).dtype
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 def make_span(
     config: MegalodonConfig, seen: Tensor, lengths: Tensor, like: Tensor, return_state: bool
 ) -> Span:
@@ -149,10 +178,7 @@ def make_span(
 
     # Positions count from the start of the chunk a row is in.
     position = fill[:, None] + torch.arange(length, device=like.device)
-    pairs = torch.arange(config.z_dim // config.num_attention_heads // 2, device=like.device)
-    frequency = config.rope_theta ** (-pairs.double() / len(pairs))
-    angle = ((position % chunk_size)[..., None] * frequency)[:, :, None]
-    cos, sin = (z.to(at_least_float32(like).dtype) for z in (angle.cos(), angle.sin()))
+    cos, sin = angles(config, position, like)
 
     mask = None
     if cached:
@@ -348,8 +374,9 @@ class ComplexEMA(Float32Module):
             wide = at_least_float32(x)
             if state is None:
                 shape = (x.shape[0], x.shape[2], self.alpha.shape[1])
-                state = wide.new_zeros(shape, dtype=wide.dtype.to_complex())
-            run = self._recurrence if x.shape[1] <= CEMA_SHORT else self._block_scan
+                state = torch.complex(wide.new_zeros(shape), wide.new_zeros(shape))
+            short = not exporting() and x.shape[1] <= CEMA_SHORT
+            run = self._recurrence if short else self._block_scan
             y, state = run(wide, span, state)
             return y.to(x.dtype), state
 
@@ -383,8 +410,9 @@ class ComplexEMA(Float32Module):
     def _block_scan(self, x: Tensor, span: Span, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """By blocks of T steps; K of them, the last one filled up with zeros."""
         batch, length, _ = x.shape
-        size = min(CEMA_BLOCK, length)
-        count = -(-length // size)
+        size = CEMA_BLOCK if exporting() else min(CEMA_BLOCK, length)
+        # torch.export would ask for lengths of more than one block: the dimension must not be 1.
+        count = -(-length // size) + exporting()
         p, log_magnitude, turns = self._coefficients()
         exponents = torch.arange(size + 1, device=x.device)[:, None]
         phase = exponents * turns[:, None]
@@ -406,17 +434,15 @@ class ComplexEMA(Float32Module):
         # From block to block: h' = q^T h + sum_j q^{T-1-j} p x_j, in double precision.
         write = torch.view_as_real((p * powers[:, :size]).flip(1)).flatten(2)  # [D, T, 2N]
         written = as_complex(torch.bmm(blocks, write)).unflatten(1, (batch, count))
-        decay = torch.polar((size * log_magnitude).exp(), 2 * math.pi * phase[:, size])[:, None]
-        state, states = h.transpose(0, 1).to(torch.complex128), []
-        for written_by_block in written.unbind(2):
-            states.append(state)
-            state = decay * state + written_by_block
-        before = torch.stack(states, dim=2).to(h.dtype)  # [D, batch, K, N]
+        state = h.transpose(0, 1).to(torch.complex128)
+        scan = scan_by_fft if torch.compiler.is_compiling() else scan_by_steps
+        states = scan(size * log_magnitude, phase[:, size], state, written).to(h.dtype)
+        before = states[:, :, :-1]  # [D, batch, K, N]
 
         # What the states add: Re(readout_{i+1} h) = Re(readout) Re(h) - Im(readout) Im(h).
         response = torch.view_as_real(readout[:, 1:].conj().resolve_conj()).flatten(2)  # [D, T, 2N]
         y = y + torch.bmm(torch.view_as_real(before).flatten(3).flatten(1, 2), response.mT)
-        if y.requires_grad:
+        if y.requires_grad and not torch.compiler.is_compiling():
             # Both products' backward passes would otherwise copy the transposed gradient.
             y.register_hook(Tensor.contiguous)
         y = y.unflatten(1, (batch, count)).permute(1, 2, 3, 0).flatten(1, 2)[:, :length]
@@ -425,7 +451,7 @@ class ComplexEMA(Float32Module):
 
         # The state after a row's last step: from the block that the row ends in, of which
         # `steps` belong to the row; they are shifted to the block's end.
-        states = torch.cat([before, state[:, :, None].to(h.dtype)], dim=2).permute(1, 2, 0, 3)
+        states = states.permute(1, 2, 0, 3)
         block, steps = span.lengths // size, span.lengths % size
         source = span.lengths[:, None] + torch.arange(-size, 0, device=x.device)
         own = source >= (block * size)[:, None]
@@ -433,6 +459,38 @@ class ComplexEMA(Float32Module):
         last = torch.where(own[..., None], last, 0).permute(2, 0, 1)
         h = powers[:, steps].transpose(0, 1) * after(states, block)
         return y, h + as_complex(torch.bmm(last, write)).transpose(0, 1)
+
+
+def scan_by_steps(log_magnitude: Tensor, turns: Tensor, state: Tensor, written: Tensor) -> Tensor:
+    """The states before each block and after the last, complex [D, batch, K + 1, N].
+
+    Args:
+        log_magnitude: of what a block multiplies a state by, float64 [D, N]; and
+        turns: its phase.
+        state: before the first block, [D, batch, N].
+        written: what each block adds, [D, batch, K, N].
+    """
+    decay = torch.polar(log_magnitude.exp(), 2 * math.pi * turns)[:, None]
+    states = [state]
+    for written_by_block in written.unbind(2):
+        states.append(decay * states[-1] + written_by_block)
+    return torch.stack(states, dim=2)
+
+
+def scan_by_fft(log_magnitude: Tensor, turns: Tensor, state: Tensor, written: Tensor) -> Tensor:
+    """The same as one convolution, for a graph that has to fit any number of blocks."""
+    terms = torch.cat([state[:, :, None], written], dim=2)
+    count = terms.shape[2]
+    power = torch.arange(count, device=terms.device)[:, None]
+    magnitude, turns = (power * log_magnitude[:, None]).exp(), power * turns[:, None]
+    powers = torch.polar(magnitude, 2 * math.pi * turns)[:, None]  # [D, 1, K + 1, N]
+    product = torch.fft.fft(terms, 2 * count, dim=2) * torch.fft.fft(powers, 2 * count, dim=2)
+    return torch.fft.ifft(product, dim=2)[:, :, :count]
+
+
+def exporting() -> bool:
+    """Whether torch.export traces the model, so that nothing may depend on the length."""
+    return torch.compiler.is_exporting()
 
 
 def as_complex(pairs: Tensor) -> Tensor:
@@ -451,13 +509,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
 def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float) -> Tensor:
     """Causal attention inside chunks, of rows that all start at the start of a chunk."""
-    whole = q.shape[1] - q.shape[1] % chunk_size
+    length = q.shape[1]
+    if torch.compiler.is_compiling():
+        size = chunk_size if exporting() else min(chunk_size, length)
+        count = -(-length // size) + exporting()
+        padded = (F.pad(z, (0, 0, 0, 0, 0, count * size - length)) for z in (q, k, v))
+        chunks = (z.unflatten(1, (count, size)).flatten(0, 1) for z in padded)
+        out = attend(*chunks, None, dropout)
+        return out.unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
+    whole = length - length % chunk_size
     outputs = []
     if whole:
         chunks = (z[:, :whole].unflatten(1, (-1, chunk_size)).flatten(0, 1) for z in (q, k, v))
         out = attend(*chunks, None, dropout)
         outputs.append(out.unflatten(0, (len(q), -1)).flatten(1, 2))
-    if whole < q.shape[1]:
+    if whole < length:
         outputs.append(attend(*(z[:, whole:] for z in (q, k, v)), None, dropout))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -591,7 +657,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         positions_to_keep: int | Tensor = 0,
-        **ignored: object,
+        position_ids: Tensor | None = None,
+        **others: object,
     ) -> BaseModelOutputWithPast:
         """Runs or continues sequences.
 
@@ -607,7 +674,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 after the final norm; the input is then not cut into pieces.
             positions_to_keep: return the hidden states of the last so many columns (0: of all), or
                 of the columns with these numbers.
-            **ignored: position_ids and the like, which follow from the rest.
+            position_ids: follow from the rest; looked at only to refuse packed samples.
+            **others: marks of packed samples, which are refused; the rest is ignored.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -624,19 +692,25 @@ class MegalodonModel(MegalodonPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         self._check_cache(cache, batch)
 
-        # Real steps go to the front of their rows; `step` says where each column's went.
-        lengths = torch.full((batch,), length, device="cpu")
-        step = torch.arange(length, device=inputs.device).expand(batch, -1)
         real = self._real_steps(attention_mask, length)
+        refuse_packing(position_ids, real, inputs, others)
+
+        # Real steps go to the front of their rows; `step` says where each column's went.
+        compiling = torch.compiler.is_compiling()
+        lengths, longest = None, length
+        step = torch.arange(length, device=inputs.device).expand(batch, -1)
         if real is not None:
             order = real.long().argsort(dim=1, descending=True, stable=True)
             inputs = inputs[torch.arange(batch, device=inputs.device)[:, None], order]
-            lengths = real.sum(1).cpu()
+            lengths = real.sum(1)
             step = torch.where(real, real.cumsum(1) - 1, -1)
-        longest = max(1, int(lengths.max()))
+            if not compiling or cache is not None:
+                lengths = lengths.cpu()
+                longest = max(1, int(lengths.max()))
 
         bounds = [0, longest]
-        if cache is not None and not torch.is_grad_enabled() and not output_hidden_states:
+        cuts = cache is not None and not torch.is_grad_enabled() and not output_hidden_states
+        if cuts and not compiling:
             piece = self.config.piece_length
             first = piece if cache.steps_seen is None else piece - int(cache.steps_seen[0]) % piece
             bounds = [0, *range(first, longest, piece), longest]
@@ -645,7 +719,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         kept_step, output = step[:, positions_to_keep], None
         hidden_states = [] if output_hidden_states else None
         for start, stop in pairwise(bounds):
-            own_lengths = (lengths - start).clamp(0, stop - start)
+            own_lengths = None if lengths is None else (lengths - start).clamp(0, stop - start)
             x = self._run(inputs[:, start:stop], own_lengths, cache, hidden_states)
             if real is None and len(bounds) == 2:
                 output = x[:, positions_to_keep]
@@ -662,23 +736,31 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def _run(
         self,
         inputs: Tensor,
-        lengths: Tensor,
+        lengths: Tensor | None,
         cache: MegalodonCache | None,
         hidden_states: list[Tensor] | None,
     ) -> Tensor:
-        """One piece, real steps first; updates the cache and appends to hidden_states."""
+        """One piece, real steps first; updates the cache and appends to hidden_states.
+
+        Of lengths, those of the rows, there are none where nothing is padded.
+        """
         x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
-        if (lengths < x.shape[1]).any():
+        if lengths is not None:
             padding = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]
             x = x.masked_fill(padding[..., None], 0)
         x = F.dropout(x, self.config.dropout, self.training)
 
-        seen = torch.zeros_like(lengths)
-        if cache is not None and cache.steps_seen is not None:
-            seen = cache.steps_seen
-        span = make_span(self.config, seen, lengths, x, cache is not None)
+        seen = None if cache is None else cache.steps_seen
+        if cache is None or (seen is None and lengths is None):
+            span = first_span(self.config, lengths, x, cache is not None)
+        else:
+            lengths = (
+                torch.full((len(x),), x.shape[1], device="cpu") if lengths is None else lengths
+            )
+            seen = torch.zeros_like(lengths) if seen is None else seen
+            span = make_span(self.config, seen, lengths, x, True)
         for index, layer in enumerate(self.layers):
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -689,7 +771,9 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if hidden_states is not None:
             hidden_states.append(x)
         if cache is not None:
-            cache.final_norm, cache.steps_seen = state, seen + lengths
+            steps = torch.full((len(x),), x.shape[1], device="cpu") if lengths is None else lengths
+            cache.steps_seen = steps if seen is None else seen + steps
+            cache.final_norm = state
         return x
 
     def _check_cache(self, cache: MegalodonCache | None, batch: int) -> None:
@@ -715,8 +799,55 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 f"attention_mask has shape {list(attention_mask.shape)}; it takes zeros and ones "
                 f"[batch, {length}], or more columns for what the cache has seen."
             )
-        real = attention_mask[:, -length:].bool()
-        return None if real.all() else real
+        mask = attention_mask[:, -length:]
+        real = mask.bool()
+        require(
+            (mask == real).all(),
+            "attention_mask has numbers other than 0 and 1; it takes ones for a row's one sample "
+            "and zeros for padding.",
+        )
+        return None if not torch.compiler.is_compiling() and real.all() else real
+
+
+def refuse_packing(
+    position_ids: Tensor | None, real: Tensor | None, inputs: Tensor, others: dict
+) -> None:
+    """Refuses rows of several samples, whose averages and attention would run across them.
+
+    Raises:
+        ValueError: something says that there are such rows; one sentence names it.
+    """
+    advice = "give every sample a row of its own, padded with zeros in attention_mask."
+    for name in PACKING:
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name} is given, but Megalodon cannot keep packed samples apart; {advice}"
+            )
+    if position_ids is None:
+        return
+    batch, length = inputs.shape[:2]
+    column = torch.arange(length, device=inputs.device).expand(batch, -1)
+    real = torch.ones_like(column, dtype=torch.bool) if real is None else real
+    constant = torch.zeros((batch,), dtype=torch.bool, device=inputs.device)
+    # Positions count a row's real steps or its columns, from any number on.
+    for count in (real.cumsum(1), column):
+        offset = position_ids - count
+        least = offset.masked_fill(~real, torch.iinfo(torch.int64).max).amin(1)
+        most = offset.masked_fill(~real, torch.iinfo(torch.int64).min).amax(1)
+        constant = constant | (least >= most)
+    require(
+        constant.all(),
+        "position_ids restart or jump in a row, but Megalodon cannot keep packed samples apart; "
+        + advice,
+    )
+
+
+def require(condition: Tensor, sentence: str) -> None:
+    """Raises a ValueError with the sentence, in a compiled graph a RuntimeError, if it is false."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, sentence)
+    elif not condition:
+        raise ValueError(sentence)
 
 
 def put_back(x: Tensor, step: Tensor, output: Tensor | None = None) -> Tensor:
@@ -749,6 +880,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
         **loss_arguments: object,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, length, vocab_size], or of the columns that logits_to_keep asks for.
@@ -764,7 +896,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             positions_to_keep=logits_to_keep,
+            position_ids=position_ids,
             return_dict=True,
+            **{name: loss_arguments.pop(name) for name in PACKING if name in loss_arguments},
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
@@ -788,6 +922,19 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MegalodonCache(self.config)
+
+    def generate_batch(self, *args: object, **kwargs: object) -> None:
+        """Refuses continuous batching.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate_batch pages keys and values, but Megalodon has running averages beside them; "
+            "call generate with a batch padded on the left."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 __all__ = ["MegalodonCache", "MegalodonForCausalLM", "MegalodonModel", "MegalodonPreTrainedModel"]

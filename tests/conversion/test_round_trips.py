@@ -140,6 +140,8 @@ def test_the_tokenizer_travels(tmp_path):
         assert tokenizer(text)["input_ids"] == encode_bytes(text).tolist()
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
         assert len(tokenizer) == 257 and tokenizer.eos_token_id == 256
+    batch = tokenizer(["long", "a"], padding=True)  # of the export, for generation
+    assert batch["attention_mask"] == [[1] * 4, [0] * 3 + [1]]
     configuration = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     assert configuration.eos_token_id == configuration.pad_token_id == 256
 

@@ -121,3 +121,7 @@ def test_what_would_take_steps_back_is_refused():
         model.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=3, **GREEDY)
     with pytest.raises(ValueError, match="cache_implementation is 'static'; Megalodon's"):
         model.generate(tokens, cache_implementation="static", max_new_tokens=3, **GREEDY)
+    with pytest.raises(ValueError, match="generate_batch pages keys and values, .*; call generate"):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(ValueError, match="generate_batch pages keys and values"):
+        model.init_continuous_batching()
