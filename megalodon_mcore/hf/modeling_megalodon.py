@@ -490,7 +490,7 @@ def scan_by_fft(log_magnitude: Tensor, turns: Tensor, state: Tensor, written: Te
 
 def exporting() -> bool:
     """Whether torch.export traces the model, so that nothing may depend on the length."""
-    return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and torch.compiler.is_exporting()
 
 
 def as_complex(pairs: Tensor) -> Tensor:
@@ -791,7 +791,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
 
     def _real_steps(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
-        """Which steps are no padding, bool [batch, length]; None if all are."""
+        """Which steps are no padding, bool [batch, length]; None if all are (no graph asks)."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
