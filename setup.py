@@ -39,6 +39,7 @@ setup(
             # Megatron-FSDP's; transformers' Trainer and device_map.
             "einops==0.8.2",
             "accelerate==1.15.0",
+            "psutil==7.2.2",
             "lm-eval==0.4.13",
             # --optimizer muon
             "emerging-optimizers==0.3.0",
