@@ -32,6 +32,7 @@ setup(
         "test": [
             "pytest==9.2.0",
             "hypothesis==6.170.15",
+            "psutil==7.2.2",
             "ruff==0.17.6",
             "megalodon-jax==0.2.2",
             "jax==0.10.2",
@@ -39,7 +40,6 @@ setup(
             # Megatron-FSDP's; transformers' Trainer and device_map.
             "einops==0.8.2",
             "accelerate==1.15.0",
-            "psutil==7.2.2",
             "lm-eval==0.4.13",
             # --optimizer muon
             "emerging-optimizers==0.3.0",
