@@ -129,7 +129,7 @@ HONOURED_BY_MEGALODON = frozenset(
     num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 transformer_impl encoder_num_layers
     position_embedding_type use_rotary_position_embeddings rotary_base add_position_embedding
     swiglu untie_embeddings_and_output_weights recompute_activations no_persist_layer_norm
-    attention_softmax_in_fp32 spec
+    attention_softmax_in_fp32 fp32_residual_connection spec
     """.split()
 )
 """By the layers, or by both."""
@@ -209,7 +209,7 @@ REFUSED = {
         log_max_attention_logit
     """,
     "blocks have norms, a residual and an initialization (--megalodon-init-mode) of their own": """
-        fp32_residual_connection apply_residual_connection_post_layernorm
+        apply_residual_connection_post_layernorm
         layernorm_zero_centered_gamma normalization init_method_std embedding_init_method_std
         use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult
         mup_base_head_dim mup_attn_scale_power fused_residual_rmsnorm

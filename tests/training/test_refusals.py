@@ -40,7 +40,6 @@ REFUSED = {
     "init_method_std": (0.5, "--init-method-std is 0.5"),
     "rotary_interleaved": (True, "--rotary-interleaved is set"),
     "apply_residual_connection_post_layernorm": (True, "--apply-residual-connection-post-layern"),
-    "fp32_residual_connection": (True, "--fp32-residual-connection is set"),
     "softmax_type": ("learnable", "--softmax-type is learnable"),
     "num_query_groups": (1, "--num-query-groups is 1"),
 }
