@@ -118,7 +118,7 @@ def test_what_a_card_would_be_told(clock, monkeypatch):
     assert stage.rows["200m attention: bmm by panels"]["this_over_ours"] == 1
     assert stage.rows["200m RMSNorm: torch.compile"]["difference"] < 1e-2
     parts = timing.kernel_flops(tiny, flops)
-    assert parts["scores_kernel"] + parts["values_kernel"] == pytest.approx(flops[1])
+    assert parts["scores_kernel"] + parts["product_kernel"] == pytest.approx(flops[1])
 
 
 def test_the_sweep_says_what_to_write_down(clock, monkeypatch):

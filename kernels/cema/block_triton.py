@@ -69,15 +69,16 @@ def _side_by_side(a, b):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def outer(a, b):  # noqa: ANN001, ANN201
+def outer(a, b, zero):  # noqa: ANN001, ANN201
     """a b^T of factors [DC, A, M] and [DC, B, M]: the share of M blocks in a map's gradient.
 
     It is a product from zero, for the caller to add: what tensor cores add to, they cut digits off,
-    and over many tiles that adds up. They sum over 16 at least (Triton 3.6 over no less): of 8
-    blocks, both parts of `a` go side by side.
+    and over many tiles that adds up. `zero` is a 0 that the compiler does not know to be one: it
+    would have the product add to what the caller adds to. Tensor cores sum over 16 at least (Triton
+    3.6 over no less): of 8 blocks, both parts of `a` go side by side.
     """
     M: tl.constexpr = a[0].shape[2]
-    total = tl.zeros([a[0].shape[0], a[0].shape[1], b[0].shape[1]], tl.float32)
+    total = tl.zeros([a[0].shape[0], a[0].shape[1], b[0].shape[1]], tl.float32) + zero
     if M >= 16:
         return product(a, transposed(b), total)
     else:

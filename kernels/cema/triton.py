@@ -520,6 +520,7 @@ def backward_kernel(
     to_r_imag = tl.zeros([DC, NP, T], tl.float32)
     to_a = tl.zeros([DC, NP], tl.float32)
     to_b = tl.zeros([DC, NP], tl.float32)
+    nothing = tl.minimum(count, 0).to(tl.float32)
     # Maps stay in shared memory, to be taken from there for every product.
     for j in tl.range(0, count, disable_licm=True):
         tile = first + count - 1 - j
@@ -548,14 +549,14 @@ def backward_kernel(
         # The states before the blocks, and the gradients of the maps.
         x = _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT)
         real, imag = load_pair(kept, (row * tiles + tile) * D * N + at, here)
-        to_within += outer(grad, x)
-        to_w_real += outer(halves(after_real, EXACT), x)
-        to_w_imag += outer(halves(after_imag, EXACT), x)
+        to_within += outer(grad, x, nothing)
+        to_w_real += outer(halves(after_real, EXACT), x, nothing)
+        to_w_imag += outer(halves(after_imag, EXACT), x, nothing)
         s_real = product(w_real, x, zero)
         s_imag = product(w_imag, x, zero)
         h_real, h_imag, _real, _imag = scan(s_real, s_imag, real, imag, a, b, M, False)
-        to_r_real += outer(halves(h_real, EXACT), grad)
-        to_r_imag += outer(halves(h_imag, EXACT), grad)
+        to_r_real += outer(halves(h_real, EXACT), grad, nothing)
+        to_r_imag += outer(halves(h_imag, EXACT), grad, nothing)
         to_a += tl.sum(after_real * h_real + after_imag * h_imag, 2)
         to_b += tl.sum(after_imag * h_real - after_real * h_imag, 2)
 

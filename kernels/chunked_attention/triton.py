@@ -1,11 +1,14 @@
-"""Chunked causal attention in Triton, flash-style: no matrix of chunk x chunk is ever in memory.
+"""Chunked causal attention in Triton: forward flash-style, backward by weights written once.
 
 The values are up to 8 times wider than the keys, so an accumulator of whole value rows does not
-fit in registers. The forward pass and the values' gradient therefore cut the values into slices,
-one program each, and every slice takes the scores anew: with slices of S columns that multiplies
-the tensor cores' work by (1 + dk/S) / (1 + dk/dv), which at S = 2 dk is cheaper than any traffic
-of accumulators through memory. The gradients of q and k need the scores' gradients, whose product
-over all dv columns is summed slice by slice; the two are one kernel with the roles exchanged.
+fit in registers. The forward pass cuts the values into slices, one program each, and every slice
+takes the scores anew: with slices of S columns that multiplies the tensor cores' work by
+(1 + dk/S) / (1 + dk/dv), which at S = 2 dk is cheaper than any traffic of accumulators through
+memory.
+
+Backward needs the weights and the scores' gradients, whose product over all dv columns is most of
+the work, three times: for q, k and v. A chunk's are computed once and written in the inputs' type,
+and plain products of matrices do the rest. A WORKSPACE holds as many chunks' as fit at a time.
 
 Scores and sums are float32; the softmax works in powers of 2. Kept for backward: the inputs, the
 output and a float32 per query and head. Every sum has a fixed order; there are no atomics. The
@@ -80,11 +83,11 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels."""
+    """The tiles of the three kernels; scores are squares, of which product's rows are a part."""
 
     forward: Tile
     scores: Tile
-    values: Tile
+    product: Tile
 
     @classmethod
     def of(cls, q: Tensor, chunk_size: int, dv: int, dropped: bool) -> "Tiles":
@@ -94,7 +97,13 @@ class Tiles(NamedTuple):
         tiles = choices[max(size for size in choices if size <= max(there, least))]
         if dropped:
             # The random numbers take registers, too.
-            tiles = tiles._replace(forward=tiles.forward._replace(other=32))
+            tiles = tiles._replace(
+                forward=tiles.forward._replace(other=32),
+                scores=tiles.scores._replace(
+                    own=min(64, tiles.scores.own), other=min(64, tiles.scores.other)
+                ),
+                product=tiles.product._replace(own=min(64, tiles.product.own)),
+            )
         return cls(*(tile.within(chunk_size, q.shape[-1], dv) for tile in tiles))
 
 
@@ -112,28 +121,30 @@ TILES = {
     2: {
         227 * 1024: Tiles(
             forward=Tile(128, 64, 256, WHOLE, 8, 2),
-            scores=Tile(64, 64, 128, WHOLE, 8, 3),
-            values=Tile(128, 64, 256, WHOLE, 8, 2),
+            scores=Tile(128, 128, 64, 64, 8, 4),
+            product=Tile(128, 64, 256, WHOLE, 8, 3),
         ),
         163 * 1024: Tiles(
             forward=Tile(64, 64, 256, WHOLE, 8, 2),
-            scores=Tile(64, 64, 64, WHOLE, 8, 2),
-            values=Tile(64, 32, 512, WHOLE, 8, 2),
+            scores=Tile(128, 128, 32, 32, 8, 3),
+            product=Tile(128, 32, 256, WHOLE, 8, 3),
         ),
         99 * 1024: Tiles(
             forward=Tile(64, 32, 256, WHOLE, 8, 2),
-            scores=Tile(64, 64, 64, WHOLE, 8, 2),
-            values=Tile(64, 32, 512, WHOLE, 8, 2),
+            scores=Tile(128, 128, 32, 32, 8, 2),
+            product=Tile(128, 32, 256, WHOLE, 8, 2),
         ),
     },
     4: {
         99 * 1024: Tiles(
             forward=Tile(32, 32, 128, 32, 4, 2),
-            scores=Tile(32, 32, 32, 32, 8, 2),
-            values=Tile(32, 32, 128, 32, 4, 2),
+            scores=Tile(32, 32, 32, 32, 4, 2),
+            product=Tile(32, 32, 128, 32, 4, 2),
         ),
     },
 }
+# Bytes that backward holds weights and scores' gradients in.
+WORKSPACE = 2**29
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -179,9 +190,7 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (_rows(torch.empty_like(z)) for z in (q, k, v))
         delta = torch.empty_like(lse)
         call = _Call(q, k, v, ctx.chunk_size, ctx.dropout_p)
-        scores, values = call.tiles.scores, call.tiles.values
-        slices = triton.cdiv(v.shape[-1], values.width)
-        strides = [s for z in (q, k, v, grad_out) for s in _strides(z)]
+        scores, product = call.tiles.scores, call.tiles.product
         with on_device_of(q):
             delta_kernel[(q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], DELTA_ROWS),)](
                 *(out, grad_out, delta, q.shape[2], q.shape[1]),
@@ -191,19 +200,33 @@ class _ChunkedAttention(torch.autograd.Function):
                 WIDTH=DELTA_WIDTH,
                 num_warps=4,
             )
-            for grad, own_keys in ((grad_q, False), (grad_k, True)):
-                scores_kernel[call.grid(scores)](
-                    *(q, k, v, grad_out, lse, delta, grad, seed),
-                    *(*call.sizes, *strides, *_strides(grad)),
+            weights, grad_scores = call.workspace(q)
+            for first in range(0, call.rows * call.chunks, len(weights)):
+                chunks = min(len(weights), call.rows * call.chunks - first)
+                scores_kernel[(chunks * triton.cdiv(ctx.chunk_size, scores.own) ** 2,)](
+                    *(q, k, v, grad_out, lse, delta, weights, grad_scores, seed),
+                    *(*call.sizes, first, weights.shape[-1]),
+                    *(s for z in (q, k, v, grad_out) for s in _strides(z)),
                     **call.constants(scores),
-                    OWN_KEYS=own_keys,
                 )
-            values_kernel[call.grid(values, slices)](
-                *(q, k, grad_out, lse, grad_v, seed),
-                *(*call.sizes, *_strides(q), *_strides(k)),
-                *(*_strides(grad_out), *_strides(grad_v)),
-                **call.constants(values),
-            )
+                for matrix, z, grad, of_queries in (
+                    (grad_scores, k, grad_q, True),
+                    (grad_scores, q, grad_k, False),
+                    (weights, grad_out, grad_v, False),
+                ):
+                    tile = product.within(ctx.chunk_size, z.shape[-1], z.shape[-1])
+                    slices = triton.cdiv(z.shape[-1], tile.width)
+                    product_kernel[(chunks * slices * triton.cdiv(ctx.chunk_size, tile.own),)](
+                        *(matrix, z, grad, *call.sizes[:-2], first, matrix.shape[-1]),
+                        *(*_strides(z), *_strides(grad)),
+                        COLUMNS=z.shape[-1],
+                        OF_QUERIES=of_queries,
+                        OWN=tile.own,
+                        OTHER=tile.other,
+                        WIDTH=tile.width,
+                        num_warps=tile.warps,
+                        num_stages=tile.stages,
+                    )
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -223,6 +246,19 @@ class _Call:
 
     def grid(self, tile: Tile, slices: int = 1) -> tuple[int]:
         return (self.rows * slices * self.chunks * triton.cdiv(self.chunk_size, tile.own),)
+
+    def workspace(self, q: Tensor) -> Tensor:
+        """Weights and scores' gradients of as many chunks at a time as fit, all at most.
+
+        [2, chunks, side, side] of whole tiles; scores_kernel writes those that have a key that is
+        no later than a query, and product_kernel reads no others.
+        """
+        side = self.tiles.scores.own * triton.cdiv(self.chunk_size, self.tiles.scores.own)
+        whole = self.rows * self.chunks
+        at_once = max(1, WORKSPACE // (2 * side * side * q.element_size()))
+        # Groups of one size, or nearly.
+        at_once = triton.cdiv(whole, triton.cdiv(whole, at_once))
+        return q.new_empty(2, at_once, side, side)
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         return self.widths | {
@@ -352,18 +388,19 @@ def _keep(seed, chunk, queries, keys, row, threshold):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _place(positions, before, chunk_size, OWN: tl.constexpr, SLICES: tl.constexpr):  # noqa: ANN001, ANN202
+def _place(positions, before, chunk_size, first, OWN: tl.constexpr, slices):  # noqa: ANN001, ANN202
     """Where a program works: row (of batch and heads), slice, chunk, and tile of so many tiles.
 
-    Then the chunk's first query and its filled length.
+    Then the chunk's first query and its filled length. `first` chunks of all rows are left out.
     """
     tiles = tl.cdiv(chunk_size, OWN)
     chunks = tl.cdiv(positions, chunk_size)
-    part = tl.program_id(0) % SLICES
-    program = tl.program_id(0) // SLICES
+    part = tl.program_id(0) % slices
+    program = tl.program_id(0) // slices
     tile = program % tiles
-    chunk = program // tiles % chunks
-    row = (program // tiles // chunks).to(tl.int64)
+    place = program // tiles + first
+    chunk = place % chunks
+    row = (place // chunks).to(tl.int64)
     filled = tl.minimum(chunk_size, positions - chunk * chunk_size)
     ahead = tl.maximum(before - chunk * chunk_size, 0)
     return row, part, chunk, tile, tiles, ahead, filled
@@ -462,7 +499,7 @@ def forward_kernel(
     """WIDTH columns of the output of OWN queries; the first slice leaves the log2-sum-exp2."""
     SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
     row, part, chunk, tile, tiles, ahead, filled = _place(
-        *(positions, before, chunk_size, OWN, SLICES)
+        *(positions, before, chunk_size, 0, OWN, SLICES)
     )
     b, h = row // heads, row % heads
     # The longest rows first.
@@ -550,7 +587,8 @@ def scores_kernel(
     grad_out_ptr,  # noqa: ANN001
     lse_ptr,  # noqa: ANN001
     delta_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
+    weights_ptr,  # noqa: ANN001
+    grad_scores_ptr,  # noqa: ANN001
     seed_ptr,  # noqa: ANN001
     heads,  # noqa: ANN001
     positions,  # noqa: ANN001
@@ -558,6 +596,8 @@ def scores_kernel(
     chunk_size,  # noqa: ANN001
     threshold,  # noqa: ANN001
     rescale,  # noqa: ANN001
+    first,  # noqa: ANN001
+    side,  # noqa: ANN001
     q_batch,  # noqa: ANN001
     q_step,  # noqa: ANN001
     q_head,  # noqa: ANN001
@@ -570,9 +610,6 @@ def scores_kernel(
     grad_out_batch,  # noqa: ANN001
     grad_out_step,  # noqa: ANN001
     grad_out_head,  # noqa: ANN001
-    grad_batch,  # noqa: ANN001
-    grad_step,  # noqa: ANN001
-    grad_head,  # noqa: ANN001
     DK: tl.constexpr,
     DV: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -581,183 +618,122 @@ def scores_kernel(
     OTHER: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
-    OWN_KEYS: tl.constexpr,
 ) -> None:
-    """Gradient of OWN queries, or of OWN keys, through the scores.
+    """Weights w and gradients of scores of OWN queries and OTHER keys of a chunk from `first` on.
 
-    With w = softmax and g = grad_out v^T, the scores' gradient is w (g - delta). Rows are the
-    program's own, columns the others; where the own are keys everything is transposed.
+    With g = grad_out v^T the scores' gradient is w (g - delta), where dropout acts on g and on the
+    weights that are written. Both are [chunks, side, side], queries in rows.
     """
-    row, _part, chunk, tile, tiles, ahead, filled = _place(*(positions, before, chunk_size, OWN, 1))
+    row, part, chunk, tile, _tiles, ahead, filled = _place(
+        *(positions, before, chunk_size, first, OWN, tl.cdiv(chunk_size, OTHER))
+    )
+    if (part > tile) | (tile * OWN >= filled) | (tile * OWN + OWN <= ahead):
+        return
     b, h = row // heads, row % heads
     origin = chunk.to(tl.int64) * chunk_size
-    d = tl.arange(0, KEY_WIDTH)
+    queries = tile * OWN + tl.arange(0, OWN)
+    keys = part * OTHER + tl.arange(0, OTHER)
     q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
     k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
     v_base = v_ptr + b * v_batch + h * v_head + origin * v_step
     grad_out_base = (
         grad_out_ptr + b * grad_out_batch + h * grad_out_head + (origin - before) * grad_out_step
     )
-    lse_base = lse_ptr + row * (positions - before) + origin - before
-    delta_base = delta_ptr + row * (positions - before) + origin - before
-    seed = 0
+    rows = row * (positions - before) + origin - before
+    # A query that is not there gives weights of zero.
+    there = (queries >= ahead) & (queries < filled)
+    lse = tl.load(lse_ptr + rows + queries, mask=there, other=float("inf"))
+    delta = tl.load(delta_ptr + rows + queries, mask=there, other=0.0)
+
+    grad_weights = tl.zeros([OWN, OTHER], tl.float32)
+    for column in tl.range(0, DV, WIDTH):
+        e = column + tl.arange(0, WIDTH)
+        grad_out = _load(grad_out_base, queries, ahead, filled, grad_out_step, e, DV, WIDTH, True)
+        v = _load(v_base, keys, 0, filled, v_step, e, DV, WIDTH, True)
+        grad_weights = tl.dot(grad_out, v.T, grad_weights, input_precision="tf32x3")
+    q = _own(q_base, queries, ahead, filled, q_step, DK, KEY_WIDTH, DEPTH)
+    scores = _scores(
+        *(q, q_base, queries, ahead, filled, q_step, k_base, keys, 0, filled, k_step),
+        *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
+    )
+    weights = tl.where(keys[None] <= queries[:, None], tl.exp2(scores - lse[:, None]), 0.0)
+    dropped = weights
     if DROPOUT:
         seed = tl.load(seed_ptr)
+        keep = _keep(seed, chunk, queries[:, None], keys[None], row, threshold)
+        dropped = tl.where(keep, weights * rescale, 0.0)
+        grad_weights = tl.where(keep, grad_weights * rescale, 0.0)
+    grad_scores = weights * (grad_weights - delta[:, None])
 
-    if OWN_KEYS:
-        first = tile * OWN
-        low = 0
-        begin = tl.maximum(first, ahead) // OTHER * OTHER
-        stop = filled
-    else:
-        first = (tiles - 1 - tile) * OWN
-        low = ahead
-        begin = 0
-        stop = tl.minimum(first + OWN, filled)
-    if (first >= filled) | (first + OWN <= low):
-        return
-    own = first + tl.arange(0, OWN)
-    there = (own >= low) & (own < filled)
-    if OWN_KEYS:
-        mine = _own(k_base, own, low, filled, k_step, DK, KEY_WIDTH, DEPTH)
-    else:
-        mine = _own(q_base, own, low, filled, q_step, DK, KEY_WIDTH, DEPTH)
-        # A query that is not there gives weights of zero.
-        lse = tl.load(lse_base + own, mask=there, other=float("inf"))[:, None]
-        delta = tl.load(delta_base + own, mask=there, other=0.0)[:, None]
-
-    acc = tl.zeros([OWN, KEY_WIDTH], tl.float32)
-    for start in tl.range(begin, stop, OTHER):
-        other = start + tl.arange(0, OTHER)
-        grad_weights = tl.zeros([OWN, OTHER], tl.float32)
-        for column in tl.range(0, DV, WIDTH):
-            e = column + tl.arange(0, WIDTH)
-            if OWN_KEYS:
-                left = _load(v_base, own, low, filled, v_step, e, DV, WIDTH, True)
-                right = _load(
-                    grad_out_base, other, ahead, filled, grad_out_step, e, DV, WIDTH, True
-                )
-            else:
-                left = _load(grad_out_base, own, low, filled, grad_out_step, e, DV, WIDTH, True)
-                right = _load(v_base, other, 0, filled, v_step, e, DV, WIDTH, True)
-            grad_weights = tl.dot(left, right.T, grad_weights, input_precision="tf32x3")
-        if OWN_KEYS:
-            scores = _scores(
-                *(mine, k_base, own, low, filled, k_step, q_base, other, ahead, filled, q_step),
-                *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
-            )
-            theirs = _load(q_base, other, ahead, filled, q_step, d, DK, KEY_WIDTH, True)
-            real = (other >= ahead) & (other < filled)
-            lse = tl.load(lse_base + other, mask=real, other=float("inf"))[None]
-            delta = tl.load(delta_base + other, mask=real, other=0.0)[None]
-            seen = own[:, None] <= other[None]
-        else:
-            scores = _scores(
-                *(mine, q_base, own, low, filled, q_step, k_base, other, 0, filled, k_step),
-                *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
-            )
-            theirs = _load(k_base, other, 0, filled, k_step, d, DK, KEY_WIDTH, True)
-            seen = other[None] <= own[:, None]
-        weights = tl.where(seen, tl.exp2(scores - lse), 0.0)
-        if DROPOUT:
-            if OWN_KEYS:
-                keep = _keep(seed, chunk, other[None], own[:, None], row, threshold)
-            else:
-                keep = _keep(seed, chunk, own[:, None], other[None], row, threshold)
-            grad_weights = tl.where(keep, grad_weights * rescale, 0.0)
-        grad_scores = (weights * (grad_weights - delta)).to(theirs.dtype)
-        acc = tl.dot(grad_scores, theirs, acc, input_precision="tf32x3")
-
-    if OWN_KEYS:
-        grad_base = grad_ptr + b * grad_batch + h * grad_head + origin * grad_step
-    else:
-        grad_base = grad_ptr + b * grad_batch + h * grad_head + (origin - before) * grad_step
-    tl.store(
-        grad_base + own.to(tl.int64)[:, None] * grad_step + d[None],
-        acc.to(grad_ptr.dtype.element_ty),
-        mask=there[:, None] & (d < DK)[None],
-    )
+    place = row * tl.cdiv(positions, chunk_size) + chunk - first
+    at = (place * side + queries)[:, None] * side + keys[None]
+    tl.store(weights_ptr + at, dropped.to(weights_ptr.dtype.element_ty))
+    tl.store(grad_scores_ptr + at, grad_scores.to(weights_ptr.dtype.element_ty))
 
 
 @kernel
-def values_kernel(
-    q_ptr,  # noqa: ANN001
-    k_ptr,  # noqa: ANN001
-    grad_out_ptr,  # noqa: ANN001
-    lse_ptr,  # noqa: ANN001
-    grad_v_ptr,  # noqa: ANN001
-    seed_ptr,  # noqa: ANN001
+def product_kernel(
+    matrix_ptr,  # noqa: ANN001
+    x_ptr,  # noqa: ANN001
+    out_ptr,  # noqa: ANN001
     heads,  # noqa: ANN001
     positions,  # noqa: ANN001
     before,  # noqa: ANN001
     chunk_size,  # noqa: ANN001
-    threshold,  # noqa: ANN001
-    rescale,  # noqa: ANN001
-    q_batch,  # noqa: ANN001
-    q_step,  # noqa: ANN001
-    q_head,  # noqa: ANN001
-    k_batch,  # noqa: ANN001
-    k_step,  # noqa: ANN001
-    k_head,  # noqa: ANN001
-    grad_out_batch,  # noqa: ANN001
-    grad_out_step,  # noqa: ANN001
-    grad_out_head,  # noqa: ANN001
-    grad_v_batch,  # noqa: ANN001
-    grad_v_step,  # noqa: ANN001
-    grad_v_head,  # noqa: ANN001
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    KEY_WIDTH: tl.constexpr,
+    first,  # noqa: ANN001
+    side,  # noqa: ANN001
+    x_batch,  # noqa: ANN001
+    x_step,  # noqa: ANN001
+    x_head,  # noqa: ANN001
+    out_batch,  # noqa: ANN001
+    out_step,  # noqa: ANN001
+    out_head,  # noqa: ANN001
+    COLUMNS: tl.constexpr,
+    OF_QUERIES: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
     WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
 ) -> None:
-    """WIDTH columns of the gradient of OWN values: weights^T grad_out."""
-    SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
+    """WIDTH columns of OWN rows of a chunk's matrix times x, or of its transpose times x.
+
+    The matrix is [chunks, side, side] and 0 where the key is later than the query. OF_QUERIES: out
+    has a row for each query and x for each key; else it is transposed, and the other way round.
+    """
+    SLICES: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
     row, part, chunk, tile, tiles, ahead, filled = _place(
-        *(positions, before, chunk_size, OWN, SLICES)
+        *(positions, before, chunk_size, first, OWN, SLICES)
     )
     b, h = row // heads, row % heads
-    # The first keys are seen by the most queries.
-    first = tile * OWN
-    if first >= filled:
-        return
     origin = chunk.to(tl.int64) * chunk_size
-    keys = first + tl.arange(0, OWN)
+    # What has the most to sum goes first.
+    if OF_QUERIES:
+        start = (tiles - 1 - tile) * OWN
+        begin, stop = 0, tl.minimum(start + OWN, filled)
+        own_low, low = ahead, 0
+        out_origin, x_origin = origin - before, origin
+    else:
+        start = tile * OWN
+        begin, stop = tl.maximum(start, ahead) // OTHER * OTHER, filled
+        own_low, low = 0, ahead
+        out_origin, x_origin = origin, origin - before
+    if (start >= filled) | (start + OWN <= own_low):
+        return
+    own = start + tl.arange(0, OWN)
     e = part * WIDTH + tl.arange(0, WIDTH)
-    q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
-    k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
-    grad_out_base = (
-        grad_out_ptr + b * grad_out_batch + h * grad_out_head + (origin - before) * grad_out_step
-    )
-    lse_base = lse_ptr + row * (positions - before) + origin - before
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-
-    k = _own(k_base, keys, 0, filled, k_step, DK, KEY_WIDTH, DEPTH)
+    x_base = x_ptr + b * x_batch + h * x_head + x_origin * x_step
+    matrix = matrix_ptr + (row * tl.cdiv(positions, chunk_size) + chunk - first) * side * side
     acc = tl.zeros([OWN, WIDTH], tl.float32)
-    for start in tl.range(tl.maximum(first, ahead) // OTHER * OTHER, filled, OTHER):
-        queries = start + tl.arange(0, OTHER)
-        scores = _scores(
-            *(k, k_base, keys, 0, filled, k_step, q_base, queries, ahead, filled, q_step),
-            *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
-        )
-        # A query that is not there gives weights of zero.
-        real = (queries >= ahead) & (queries < filled)
-        lse = tl.load(lse_base + queries, mask=real, other=float("inf"))[None]
-        weights = tl.where(keys[:, None] <= queries[None], tl.exp2(scores - lse), 0.0)
-        if DROPOUT:
-            keep = _keep(seed, chunk, queries[None], keys[:, None], row, threshold)
-            weights = tl.where(keep, weights * rescale, 0.0)
-        grad_out = _load(grad_out_base, queries, ahead, filled, grad_out_step, e, DV, WIDTH, True)
-        acc = tl.dot(weights.to(grad_out.dtype), grad_out, acc, input_precision="tf32x3")
-
-    grad_v_base = grad_v_ptr + b * grad_v_batch + h * grad_v_head + origin * grad_v_step
+    for place in tl.range(begin, stop, OTHER):
+        other = place + tl.arange(0, OTHER)
+        x = _load(x_base, other, low, filled, x_step, e, COLUMNS, WIDTH, True)
+        if OF_QUERIES:
+            factor = tl.load(matrix + own[:, None] * side + other[None])
+        else:
+            factor = tl.load(matrix + other[:, None] * side + own[None]).T
+        acc = tl.dot(factor, x, acc, input_precision="tf32x3")
+    out_base = out_ptr + b * out_batch + h * out_head + out_origin * out_step
     tl.store(
-        grad_v_base + keys.to(tl.int64)[:, None] * grad_v_step + e[None],
-        acc.to(grad_v_ptr.dtype.element_ty),
-        mask=(keys < filled)[:, None] & (e < DV)[None],
+        out_base + own.to(tl.int64)[:, None] * out_step + e[None],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=((own >= own_low) & (own < filled))[:, None] & (e < COLUMNS)[None],
     )

@@ -31,7 +31,9 @@ def timestep_norm_naive(
         count = torch.zeros(batch, dtype=torch.int64, device=x.device)
         mean = var = x.new_zeros(batch, num_groups)
     else:
-        count, mean, var = state.count, state.mean.double(), state.var.double()
+        # A state without steps may hold anything.
+        count, started = state.count, (state.count > 0)[:, None]
+        mean, var = (torch.where(started, z.double(), 0.0) for z in (state.mean, state.var))
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
 

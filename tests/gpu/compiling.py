@@ -46,7 +46,9 @@ def compile_rows(stage, work):
     pending = dict(enumerate(work))
     for place, result in compile_all([(launch, card) for card, _, launch in work]):
         card, case, launch = pending.pop(place)
-        constants = {k: v for k, v in launch.keywords.items() if k in ("OWN_KEYS", "REVERSE")}
+        constants = {
+            k: v for k, v in launch.keywords.items() if k in ("OF_QUERIES", "COLUMNS", "REVERSE")
+        }
         found = {"kernel": launch.name, "capability": card, **constants}
         if isinstance(result, Report):
             found |= result._asdict()

@@ -48,7 +48,7 @@ def plans(rehearse):
         Plan("compile", "compiling", 1.2, (sizes,)),
         Plan("correctness", "correctness", 2.4, tuple(EVERY), 2 if rehearse else 5, True),
         Plan("million", "correctness", 0.5, ("million",), 1, True),
-        Plan("tests", "kernel_tests", 0.8),
+        Plan("tests", "kernel_tests", 1.6),
         Plan("memcheck", "memcheck", 0.7, interpreted=True),
         Plan("timing", "timing", 1.2),
         Plan("steps", "steps", 1.2),
@@ -167,7 +167,11 @@ def print_stage(name, rows, rehearse):
         found = {k: v for k, v in row.items() if k not in ("stage", "case", "verdict", "kernels")}
         text = "  ".join(f"{k} {short(v)}" for k, v in found.items())
         print(f"{row['verdict']:<7} {row['case']:<46} {text}", flush=True)
-        for kernel, values in row.get("kernels", {}).items():
+        kernels = row.get("kernels", {})
+        least = 0.02 * sum(values["ms"] for values in kernels.values())
+        for kernel, values in kernels.items():
+            if values["ms"] < least:
+                continue
             text = "  ".join(f"{k} {short(v)}" for k, v in values.items())
             print(f"{'':<12}{kernel[:60]:<60} {text}", flush=True)
 

@@ -20,8 +20,8 @@ def problems(rehearse):
     if rehearse:
         return [("tiny", TINY, 64, (32, 64))]
     return [
-        ("200m", models.SIZES_200M, 32768, (4096, 32768, 131072)),
-        ("4 layers of 1.3b", SIZES_1_3B, 32768, (4096, 32768, 131072)),
+        ("200m", models.SIZES_200M, 32768, (4096, 32768, 65536)),
+        ("4 layers of 1.3b", SIZES_1_3B, 32768, (4096, 32768, 65536)),
     ]
 
 

@@ -88,11 +88,10 @@ class Timer:
 def kernel_flops(shape, flops):
     """The flops that the mathematics asks of each kernel, by its name; of others none."""
     forward, backward = flops
-    # Attention's backward: scores, their gradient, and those of queries and keys; those of values.
-    values = forward * shape.value_width / (shape.key_width + shape.value_width)
+    # Attention's backward takes the scores anew, and as much again for the weights' gradients.
     return {
         **{"forward_kernel": forward, "backward_kernel": backward},
-        **{"scores_kernel": backward - values, "values_kernel": values},
+        **{"scores_kernel": forward, "product_kernel": backward - forward},
     }
 
 

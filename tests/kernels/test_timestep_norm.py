@@ -71,6 +71,22 @@ def test_matches_the_oracle(batch, length, channels, groups, state, mask):
         assert error(actual, wanted) < (ONE_SCALAR if groups == channels else FLOAT32)
 
 
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_state_without_steps_stays_empty(length):
+    """Whatever it holds, where every step is masked as well."""
+    torch.manual_seed(0)
+    x, weight, bias, state, _ = random_inputs(2, length, 6, 3)
+    mask = torch.zeros(2, length, dtype=torch.bool)
+    mask[1, 0] = True
+    actual = run(timestep_norm, x, weight, bias, 3, state, mask)
+    wanted = run(timestep_norm_naive, x, weight, bias, 3, state, mask, dtype=torch.float64)
+    for a, w in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
+        assert error(a, w) < FLOAT32
+    _, mean, var = actual[0]
+    assert not mean[0].any()
+    assert not var[0].any()
+
+
 def test_many_blocks(monkeypatch):
     """As on sequences longer than one cache-sized block, of a size that divides nothing."""
     from megalodon_mcore.kernels.timestep_norm import portable

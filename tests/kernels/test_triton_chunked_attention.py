@@ -33,8 +33,8 @@ def small_tiles(kernels, monkeypatch):
     """So small that little sequences have whole, ragged, first and last tiles of every side."""
     tiles = kernels.Tiles(
         forward=kernels.Tile(32, 16, 32, 16, 4, 2),
-        scores=kernels.Tile(32, 16, 32, 16, 4, 2),
-        values=kernels.Tile(16, 16, 32, 16, 4, 2),
+        scores=kernels.Tile(32, 32, 32, 16, 4, 2),
+        product=kernels.Tile(16, 16, 32, 16, 4, 2),
     )
     monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, {0: tiles}))
 
@@ -70,6 +70,12 @@ def compare(arguments, dtype=torch.float32, tolerance=FLOAT32):
 @pytest.mark.parametrize("arguments", SHAPES, ids=str)
 def test_matches_the_oracle(small_tiles, arguments):
     compare(arguments)
+
+
+def test_a_workspace_for_two_chunks_at_a_time(kernels, small_tiles, monkeypatch):
+    """Three heads of 1 to 3 chunks: groups that begin and end inside a row, and a smaller last."""
+    monkeypatch.setattr(kernels, "WORKSPACE", 2 * 2 * 32 * 32 * 4)
+    compare((1, 75, 3, 5, 7, 30, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
