@@ -56,7 +56,7 @@ class fused:
         self.stage = stage
         self.loops: dict[tuple, Callable[..., Any]] = {}
 
-    def __call__(self, *args: Any, like: Tensor | None = None) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, like: Tensor | None = None) -> Any:
         with torch.no_grad():
             args = [z.detach() if isinstance(z, Tensor) else z for z in args]
             if not fuses(args[0] if like is None else like):
@@ -98,7 +98,7 @@ def _compiled(stage: Callable[..., Any], args: list) -> Callable[..., Any]:
 
     places = [index for index, z in enumerate(args) if isinstance(z, Tensor)]
 
-    def of_tensors(*tensors: Tensor) -> Any:  # noqa: ANN401
+    def of_tensors(*tensors: Tensor) -> Any:
         whole = list(args)
         for index, tensor in zip(places, tensors, strict=True):
             whole[index] = tensor
@@ -109,7 +109,7 @@ def _compiled(stage: Callable[..., Any], args: list) -> Callable[..., Any]:
         graph = make_fx(of_tensors, tracing_mode="fake")(*tensors)
         loop = compile_graph(graph, tensors)
 
-    def run(*args: Any) -> Any:  # noqa: ANN401
+    def run(*args: Any) -> Any:
         result = loop(*(args[index] for index in places))
         # What autograd takes for several gradients.
         return tuple(result) if isinstance(result, list) else result

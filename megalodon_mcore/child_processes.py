@@ -63,7 +63,7 @@ def _watched(process: int) -> _Parent:
     return parent
 
 
-def _run(parent: _Parent, target: Callable | None, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+def _run(parent: _Parent, target: Callable | None, *args: Any, **kwargs: Any) -> None:
     parent.watch()
     end_with_parent()
     if target is not None:

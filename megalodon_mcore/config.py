@@ -225,7 +225,7 @@ def parse_config(pairs: list[str], origin: str) -> dict[str, Any]:
     return values
 
 
-def _parse_value(name: str, text: str, kind: str, origin: str) -> Any:  # noqa: ANN401
+def _parse_value(name: str, text: str, kind: str, origin: str) -> Any:
     if kind == "str":
         return text
     try:

@@ -39,7 +39,7 @@ def _set_by_set(evaluate: Callable, args: Namespace, test_iterations: int) -> Ca
     def evaluate_sets(
         prefix: str,
         forward_step: Callable,
-        iterators: Any,  # noqa: ANN401
+        iterators: Any,
         *arguments: object,
         **options: object,
     ) -> None:

@@ -108,7 +108,7 @@ def read_prompt(args: Namespace) -> str:
 
 
 def generate_tokens(
-    model: Any,  # noqa: ANN401
+    model: Any,
     prompt_ids: list[int],
     max_tokens: int,
     sampler: Sampler,
@@ -141,7 +141,7 @@ def generate_tokens(
 
 
 def decode_stream(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,
     prompt_ids: list[int],
     tokens: Iterator[int],
     window: int = 16,

@@ -47,7 +47,7 @@ def _uses(method: Callable, name: str) -> bool:
     return name in inspect.unwrap(method).__code__.co_names or name in method.__code__.co_names
 
 
-def _replace(owner: type, name: str, correction: Any) -> None:  # noqa: ANN401
+def _replace(owner: type, name: str, correction: Any) -> None:
     """Puts a correction where what it corrects was, which it keeps for tests that go without."""
     correction.corrects = vars(owner)[name]
     setattr(owner, name, correction)
@@ -95,7 +95,7 @@ def _make_leaves_of_float32_parameters() -> None:
     build = getattr(DistributedOptimizer, name).__func__
 
     @torch.no_grad()
-    def build_leaves(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def build_leaves(cls: type, *args: Any, **kwargs: Any) -> Any:
         return build(cls, *args, **kwargs)
 
     _replace(DistributedOptimizer, name, classmethod(build_leaves))
@@ -185,7 +185,7 @@ def _include_float32_parameters() -> None:
 
     def showing_every_parameter(method: Callable) -> Callable:
         @functools.wraps(method)
-        def wrapper(self: Float16OptimizerWithFloat16Params, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def wrapper(self: Float16OptimizerWithFloat16Params, *args: Any, **kwargs: Any) -> Any:
             with every_parameter_shown(self):
                 return method(self, *args, **kwargs)
 
@@ -209,7 +209,7 @@ def _leave_padding_out_of_saved_offsets() -> None:
     save = getattr(DistributedOptimizer, name)
 
     @functools.wraps(save)
-    def save_by_unpadded_offsets(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def save_by_unpadded_offsets(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> Any:
         padded = [buffer.param_index_map for buffer in self.buffers]
         for buffer in self.buffers:
             paddings, unpadded = [], 0

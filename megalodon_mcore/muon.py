@@ -80,7 +80,7 @@ def apply() -> None:
 class Muon(emerging_optimizers.TensorParallelMuon):
     """Megatron's Muon, with weights of several matrices orthogonalized matrix by matrix."""
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
         # Under --bf16 it steps main copies of the parameters, which have not all of their marks.
         self._weights = [
@@ -90,7 +90,7 @@ class Muon(emerging_optimizers.TensorParallelMuon):
             if hasattr(param, "megalodon_matrices")
         ]
 
-    def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
         """The update for a parameter or its main copy, from its momentum."""
         matrices = self._matrices_of(p)
         if matrices is None:

@@ -392,7 +392,7 @@ def check_arguments(
         raise ValueError(refusal(action.option_strings[-1], value, refused[name]))
 
 
-def check_configuration(config: Any) -> None:  # noqa: ANN401
+def check_configuration(config: Any) -> None:
     """Refuses the first field of a TransformerConfig that asks for what would not be honoured.
 
     Raises:

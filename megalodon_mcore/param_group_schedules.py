@@ -44,7 +44,7 @@ def load_new_schedules() -> None:
     check = OptimizerParamScheduler._check_and_set
 
     @functools.wraps(check)
-    def check_in_one_sentence(self: OptimizerParamScheduler, *values: Any) -> Any:  # noqa: ANN401
+    def check_in_one_sentence(self: OptimizerParamScheduler, *values: Any) -> Any:
         try:
             return check(self, *values)
         except AssertionError:
@@ -91,14 +91,14 @@ def _settle(current: dict[str, Any], saved: dict[str, Any]) -> None:
             raise ScheduleMismatchError(_sentence(argument, current.get(name), saved.get(name)))
 
 
-def _sentence(what: str, given: Any, saved: Any) -> str:  # noqa: ANN401
+def _sentence(what: str, given: Any, saved: Any) -> str:
     return (
         f"{what} is {given} and was {saved} in the checkpoint; take the new schedule with "
         "--override-opt_param-scheduler or the old one with --use-checkpoint-opt_param-scheduler."
     )
 
 
-def _identity(group: dict[str, Any], without: Any) -> tuple:  # noqa: ANN401
+def _identity(group: dict[str, Any], without: Any) -> tuple:
     """As Megatron has it, NeMo's names included."""
     names = [name for name in param_group_identifier_keys if name not in without]
     return tuple(group.get(name, group.get(f"pre_{name}")) for name in names)

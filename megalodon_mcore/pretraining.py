@@ -180,7 +180,7 @@ def check_run(args: Namespace) -> None:
     evaluation.prepare(args)
 
 
-def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
+def model_config_from_arguments(args: Namespace) -> Any:
     """Megatron's GPTModelConfig, also where tensor-parallel ranks share a head.
 
     Its constructor refuses that, while none of the layers built here goes by its number of heads;
@@ -201,7 +201,7 @@ def model_config_from_arguments(args: Namespace) -> Any:  # noqa: ANN401
     return model_config
 
 
-def check_model(model_config: Any) -> None:  # noqa: ANN401
+def check_model(model_config: Any) -> None:
     """Resolves the spec before any process group exists, so that a wrong value fails at once.
 
     Raises:

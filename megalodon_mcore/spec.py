@@ -73,7 +73,7 @@ class MegalodonSpec:
 
     def __call__(
         self,
-        model_config: Any,  # noqa: ANN401
+        model_config: Any,
         vp_stage: int | None = None,
     ) -> TransformerBlockSubmodules:
         """What GPTModelBuilder calls with its GPTModelConfig."""
@@ -258,7 +258,7 @@ def _resolve_spec_in_constructor() -> None:
     signature = inspect.signature(construct)
 
     @functools.wraps(construct)
-    def construct_with_spec(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def construct_with_spec(*args: Any, **kwargs: Any) -> None:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments

@@ -182,7 +182,7 @@ def measure(operator: Operator, shape: Shape, dtype: torch.dtype) -> dict[str, C
     return {"forward": forward, "backward": backward}
 
 
-def _bytes(*groups: Any) -> int:  # noqa: ANN401
+def _bytes(*groups: Any) -> int:
     return sum(z.numel() * z.element_size() for group in groups for z in group)
 
 

@@ -56,8 +56,8 @@ def megatron() -> Iterator[None]:
 def transformer_config(
     dtype: torch.dtype,
     sizes: dict[str, int] = SIZES,
-    **options: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
+    **options: Any,
+) -> Any:
     """Megatron's configuration of these sizes; `options` replace values."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -134,7 +134,7 @@ def gpt(
 class FusedAttention(torch.nn.Module):
     """Causal attention of Megatron's [length, batch, heads, width] by torch's fused kernels."""
 
-    def __init__(self, **unused: Any) -> None:  # noqa: ANN401
+    def __init__(self, **unused: Any) -> None:
         super().__init__()
 
     def forward(
@@ -142,8 +142,8 @@ class FusedAttention(torch.nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        *unused: Any,  # noqa: ANN401
-        **also_unused: Any,  # noqa: ANN401
+        *unused: Any,
+        **also_unused: Any,
     ) -> torch.Tensor:
         """[length, batch, heads * width]."""
         given = (z.permute(1, 2, 0, 3) for z in (query, key, value))

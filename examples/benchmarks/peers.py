@@ -56,7 +56,7 @@ class _Panels(torch.autograd.Function):
     PANEL = 512
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(v)
         for rows, weights in _Panels.weights(q, k):
             torch.bmm(weights, v[:, : rows.stop], out=out[:, rows])
@@ -64,7 +64,7 @@ class _Panels(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, out = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (out * grad).sum(-1, keepdim=True)
@@ -143,7 +143,7 @@ PLAIN: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-def megalodon_hf(folder: Path) -> Any:  # noqa: ANN401
+def megalodon_hf(folder: Path) -> Any:
     """The package of a checkout of github.com/pszemraj/megalodon-hf."""
     sys.path.insert(0, str(folder / "src"))
     import megalodon
@@ -151,7 +151,7 @@ def megalodon_hf(folder: Path) -> Any:  # noqa: ANN401
     return megalodon
 
 
-def megalodon_hf_model(package: Any, sizes: dict[str, int]) -> torch.nn.Module:  # noqa: ANN401
+def megalodon_hf_model(package: Any, sizes: dict[str, int]) -> torch.nn.Module:
     """Its model of the given sizes."""
     return package.MegalodonForCausalLM(
         package.MegalodonConfig(
@@ -174,7 +174,7 @@ def has_megalodon_jax() -> bool:
     return all(importlib.util.find_spec(name) for name in ("equinox", "jax", "megalodon_jax"))
 
 
-def megalodon_jax_step(sizes: dict[str, int], batch: int, length: int) -> Any:  # noqa: ANN401
+def megalodon_jax_step(sizes: dict[str, int], batch: int, length: int) -> Any:
     """A compiled forward and backward pass of megalodon-jax."""
     import equinox
     import jax

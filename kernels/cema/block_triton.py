@@ -11,13 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def times(a_real, a_imag, b_real, b_imag):  # noqa: ANN001, ANN201
+def times(a_real, a_imag, b_real, b_imag):
     """(a_real + i a_imag) (b_real + i b_imag)."""
     return a_real * b_real - a_imag * b_imag, a_real * b_imag + a_imag * b_real
 
 
 @triton.jit
-def power(q_real, q_imag, exponent):  # noqa: ANN001, ANN201
+def power(q_real, q_imag, exponent):
     """q^exponent for an integer of at least 0, by squaring."""
     exponent = tl.cast(exponent, tl.int32)
     real = tl.full(q_real.shape, 1.0, q_real.dtype)
@@ -31,7 +31,7 @@ def power(q_real, q_imag, exponent):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def halves(z, EXACT: tl.constexpr):  # noqa: ANN001, ANN201
+def halves(z, EXACT: tl.constexpr):
     """A float32 factor as a sum of numbers that tensor cores take in TF32: two where EXACT.
 
     The first is rounded, so that the second has few enough digits to be taken whole.
@@ -44,7 +44,7 @@ def halves(z, EXACT: tl.constexpr):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def transposed(z):  # noqa: ANN001, ANN201
+def transposed(z):
     """A factor [DC, A, B] as [DC, B, A]."""
     if len(z) == 2:
         return tl.permute(z[0], (0, 2, 1)), tl.permute(z[1], (0, 2, 1))
@@ -53,7 +53,7 @@ def transposed(z):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def product(a, b, total):  # noqa: ANN001, ANN201
+def product(a, b, total):
     """total + a b of factors [DC, ., .]; what low parts multiply to is below float32's digits."""
     if len(a) == 2:
         total = tl.dot(a[1], b[0], total, input_precision="tf32")
@@ -63,13 +63,13 @@ def product(a, b, total):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def _side_by_side(a, b):  # noqa: ANN001, ANN202
+def _side_by_side(a, b):
     """Factors [DC, A, M] as one [DC, A, 2 M], their columns taken in turns."""
     return tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1], 2 * a.shape[2]])
 
 
 @triton.jit
-def outer(a, b, zero):  # noqa: ANN001, ANN201
+def outer(a, b, zero):
     """a b^T of factors [DC, A, M] and [DC, B, M]: the share of M blocks in a map's gradient.
 
     It is a product from zero, for the caller to add: what tensor cores add to, they cut digits off,
@@ -92,28 +92,28 @@ def outer(a, b, zero):  # noqa: ANN001, ANN201
 
 
 @triton.jit
-def load_pair(pointer, at, mask):  # noqa: ANN001, ANN201
+def load_pair(pointer, at, mask):
     """Complex numbers number `at` of a tensor."""
     real = tl.load(pointer + 2 * at, mask=mask, other=0.0)
     return real, tl.load(pointer + 2 * at + 1, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_pair(pointer, at, real, imag, mask):  # noqa: ANN001, ANN201
+def store_pair(pointer, at, real, imag, mask):
     """Complex numbers to number `at` of a tensor."""
     tl.store(pointer + 2 * at, real.to(pointer.dtype.element_ty), mask=mask)
     tl.store(pointer + 2 * at + 1, imag.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def places(d, D, N: tl.constexpr, NP: tl.constexpr):  # noqa: ANN001, ANN201
+def places(d, D, N: tl.constexpr, NP: tl.constexpr):
     """Which of [DC, NP] are components of channels, and their places in [D, N]."""
     n = tl.arange(0, NP)
     return (d < D)[:, None] & (n < N)[None], d[:, None] * N + n[None]
 
 
 @triton.jit
-def load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N: tl.constexpr, NP: tl.constexpr):  # noqa: ANN001, ANN201
+def load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N: tl.constexpr, NP: tl.constexpr):
     """p, q and the readout gamma / sqrt(N) in float64 [DC, NP], and omega [DC]."""
     here, at = places(d, D, N, NP)
     p = tl.load(p_ptr + at, mask=here, other=0.0)
@@ -124,7 +124,7 @@ def load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N: tl.constexpr, NP:
 
 
 @triton.jit
-def block_map(p, q_real, q_imag, read_real, read_imag, omega, T: tl.constexpr):  # noqa: ANN001, ANN201
+def block_map(p, q_real, q_imag, read_real, read_imag, omega, T: tl.constexpr):
     """K [DC, T, T], W and R transposed [DC, N, T] of a block, float32, and q^T, float64."""
     DC: tl.constexpr = p.shape[0]
     N: tl.constexpr = p.shape[1]
@@ -153,26 +153,26 @@ def block_map(p, q_real, q_imag, read_real, read_imag, omega, T: tl.constexpr): 
 
 
 @triton.jit
-def place(z, at, T: tl.constexpr):  # noqa: ANN001, ANN201
+def place(z, at, T: tl.constexpr):
     """z[..., at] of [DC, N, T], float64."""
     return tl.sum(tl.where((tl.arange(0, T) == at)[None, None], z, 0.0), 2).to(tl.float64)
 
 
 @triton.jit
-def block_map_gradient(  # noqa: ANN201
-    within,  # noqa: ANN001
-    w_real,  # noqa: ANN001
-    w_imag,  # noqa: ANN001
-    r_real,  # noqa: ANN001
-    r_imag,  # noqa: ANN001
-    turn_real,  # noqa: ANN001
-    turn_imag,  # noqa: ANN001
-    p,  # noqa: ANN001
-    q_real,  # noqa: ANN001
-    q_imag,  # noqa: ANN001
-    read_real,  # noqa: ANN001
-    read_imag,  # noqa: ANN001
-    omega,  # noqa: ANN001
+def block_map_gradient(
+    within,
+    w_real,
+    w_imag,
+    r_real,
+    r_imag,
+    turn_real,
+    turn_imag,
+    p,
+    q_real,
+    q_imag,
+    read_real,
+    read_imag,
+    omega,
     T: tl.constexpr,
 ):
     """From the gradients of K, W, R and q^T those of p, log q, the readout [DC, N] and omega [DC].
@@ -217,7 +217,7 @@ def block_map_gradient(  # noqa: ANN201
 
 
 @triton.jit
-def scan(s_real, s_imag, h_real, h_imag, q_real, q_imag, M: tl.constexpr, REVERSE: tl.constexpr):  # noqa: ANN001, ANN201
+def scan(s_real, s_imag, h_real, h_imag, q_real, q_imag, M: tl.constexpr, REVERSE: tl.constexpr):
     """The recurrence h <- q h + s over the M numbers that s [DC, N, M] has in a row.
 
     h: before the first, [DC, N]. q: float64 [DC, N]. Returns h before each [DC, N, M], and what

@@ -155,17 +155,17 @@ class _Cema(torch.autograd.Function):
     """cema as a function of what `coefficients` gives, gamma, omega and the state."""
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        ctx,  # noqa: ANN001
-        x,  # noqa: ANN001
-        p,  # noqa: ANN001
-        log_magnitude,  # noqa: ANN001
-        turns,  # noqa: ANN001
-        gamma,  # noqa: ANN001
-        omega,  # noqa: ANN001
-        state,  # noqa: ANN001
-        return_state,  # noqa: ANN001
-        differentiable,  # noqa: ANN001
+    def forward(
+        ctx,
+        x,
+        p,
+        log_magnitude,
+        turns,
+        gamma,
+        omega,
+        state,
+        return_state,
+        differentiable,
     ):
         x, first = _rows(x), _pairs(state)
         cut = Cut.of(x, p.shape[1])
@@ -190,7 +190,7 @@ class _Cema(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y, grad_end):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_y, grad_end):
         x, p, log_magnitude, turns, q, gamma, omega, kept, whole = ctx.saved_tensors
         cut, maps = ctx.cut, (p, q, gamma, omega)
         grad_y, tail, through_end = _rows(grad_y), None, (0, 0, 0)
@@ -242,7 +242,7 @@ def _pairs(state: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _row_and_channels(D, DC: tl.constexpr):  # noqa: ANN001, ANN202
+def _row_and_channels(D, DC: tl.constexpr):
     """A program's batch row and its channels [DC]."""
     blocks = tl.cdiv(D, DC)
     program = tl.program_id(0)
@@ -250,7 +250,7 @@ def _row_and_channels(D, DC: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT: tl.constexpr):  # noqa: ANN001, ANN202
+def _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT: tl.constexpr):
     """Steps [T, M] of each channel as a factor [DC, T, M], zeros where there are none."""
     inside = (d < D)[:, None, None] & (step < length)[None]
     at = x_ptr + row * x_batch + (step.to(tl.int64) * x_step)[None] + d[:, None, None]
@@ -260,14 +260,14 @@ def _load(x_ptr, row, step, d, length, D, x_batch, x_step, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _store(y_ptr, y, row, step, d, length, D, y_batch, y_step):  # noqa: ANN001, ANN202
+def _store(y_ptr, y, row, step, d, length, D, y_batch, y_step):
     inside = (d < D)[:, None, None] & (step < length)[None]
     at = y_ptr + row * y_batch + (step.to(tl.int64) * y_step)[None] + d[:, None, None]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _carried(real, imag, a, b, sum_real, sum_imag):  # noqa: ANN001, ANN202
+def _carried(real, imag, a, b, sum_real, sum_imag):
     """The state after a tile: a + ib, float64, times the one before, and what the tile adds.
 
     In float32, with what a and b lose there: a rounded factor would compound over the tiles.
@@ -279,7 +279,7 @@ def _carried(real, imag, a, b, sum_real, sum_imag):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _with_end(real, imag, end, at, here, block, M: tl.constexpr):  # noqa: ANN001, ANN202
+def _with_end(real, imag, end, at, here, block, M: tl.constexpr):
     """Gradients of the states before a tile's blocks [DC, N, M], with the end state's at `block`.
 
     `end` (or None) is the gradient of the state before that block, which the last tile alone has.
@@ -295,19 +295,19 @@ def _with_end(real, imag, end, at, here, block, M: tl.constexpr):  # noqa: ANN00
 
 @kernel
 def sums_kernel(
-    x_ptr,  # noqa: ANN001
-    p_ptr,  # noqa: ANN001
-    q_ptr,  # noqa: ANN001
-    gamma_ptr,  # noqa: ANN001
-    omega_ptr,  # noqa: ANN001
-    end,  # noqa: ANN001
-    sums,  # noqa: ANN001
-    D,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    segments,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
+    x_ptr,
+    p_ptr,
+    q_ptr,
+    gamma_ptr,
+    omega_ptr,
+    end,
+    sums,
+    D,
+    length,
+    segment,
+    segments,
+    x_batch,
+    x_step,
     T: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -363,24 +363,24 @@ def sums_kernel(
 
 @kernel
 def forward_kernel(
-    x_ptr,  # noqa: ANN001
-    p_ptr,  # noqa: ANN001
-    q_ptr,  # noqa: ANN001
-    gamma_ptr,  # noqa: ANN001
-    omega_ptr,  # noqa: ANN001
-    start,  # noqa: ANN001
-    sums,  # noqa: ANN001
-    y_ptr,  # noqa: ANN001
-    kept,  # noqa: ANN001
-    end,  # noqa: ANN001
-    D,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    segments,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    y_batch,  # noqa: ANN001
-    y_step,  # noqa: ANN001
+    x_ptr,
+    p_ptr,
+    q_ptr,
+    gamma_ptr,
+    omega_ptr,
+    start,
+    sums,
+    y_ptr,
+    kept,
+    end,
+    D,
+    length,
+    segment,
+    segments,
+    x_batch,
+    x_step,
+    y_batch,
+    y_step,
     T: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -445,29 +445,29 @@ def forward_kernel(
 
 @kernel
 def backward_kernel(
-    x_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
-    p_ptr,  # noqa: ANN001
-    q_ptr,  # noqa: ANN001
-    gamma_ptr,  # noqa: ANN001
-    omega_ptr,  # noqa: ANN001
-    kept,  # noqa: ANN001
-    end,  # noqa: ANN001
-    tail,  # noqa: ANN001
-    sums,  # noqa: ANN001
-    grad_x,  # noqa: ANN001
-    start,  # noqa: ANN001
-    partial,  # noqa: ANN001
-    D,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    segments,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    grad_batch,  # noqa: ANN001
-    grad_step,  # noqa: ANN001
-    to_batch,  # noqa: ANN001
-    to_step,  # noqa: ANN001
+    x_ptr,
+    grad_ptr,
+    p_ptr,
+    q_ptr,
+    gamma_ptr,
+    omega_ptr,
+    kept,
+    end,
+    tail,
+    sums,
+    grad_x,
+    start,
+    partial,
+    D,
+    length,
+    segment,
+    segments,
+    x_batch,
+    x_step,
+    grad_batch,
+    grad_step,
+    to_batch,
+    to_step,
     T: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,

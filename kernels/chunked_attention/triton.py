@@ -152,7 +152,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -182,7 +182,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, seed = ctx.saved_tensors
         if not out.numel():
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None
@@ -295,13 +295,13 @@ def _strides(z: Tensor) -> tuple[int, int, int]:
 
 
 @triton.jit
-def _load(  # noqa: ANN202
-    base,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    low,  # noqa: ANN001
-    high,  # noqa: ANN001
-    stride,  # noqa: ANN001
-    columns,  # noqa: ANN001
+def _load(
+    base,
+    rows,
+    low,
+    high,
+    stride,
+    columns,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
@@ -322,12 +322,12 @@ def _load(  # noqa: ANN202
 
 
 @triton.jit
-def _own(  # noqa: ANN202
-    base,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    low,  # noqa: ANN001
-    high,  # noqa: ANN001
-    stride,  # noqa: ANN001
+def _own(
+    base,
+    rows,
+    low,
+    high,
+    stride,
     DK: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -340,18 +340,18 @@ def _own(  # noqa: ANN202
 
 
 @triton.jit
-def _scores(  # noqa: ANN202
-    mine,  # noqa: ANN001
-    base,  # noqa: ANN001
-    own,  # noqa: ANN001
-    low,  # noqa: ANN001
-    high,  # noqa: ANN001
-    stride,  # noqa: ANN001
-    other_base,  # noqa: ANN001
-    other,  # noqa: ANN001
-    other_low,  # noqa: ANN001
-    other_high,  # noqa: ANN001
-    other_stride,  # noqa: ANN001
+def _scores(
+    mine,
+    base,
+    own,
+    low,
+    high,
+    stride,
+    other_base,
+    other,
+    other_low,
+    other_high,
+    other_stride,
     DK: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -379,7 +379,7 @@ def _scores(  # noqa: ANN202
 
 
 @triton.jit
-def _keep(seed, chunk, queries, keys, row, threshold):  # noqa: ANN001, ANN202
+def _keep(seed, chunk, queries, keys, row, threshold):
     """Which weights dropout keeps, by a counter-based generator; queries and keys broadcast."""
     zero = queries * 0 + keys * 0
     c0, c1 = zero + keys, zero + queries
@@ -388,7 +388,7 @@ def _keep(seed, chunk, queries, keys, row, threshold):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _place(positions, before, chunk_size, first, OWN: tl.constexpr, slices):  # noqa: ANN001, ANN202
+def _place(positions, before, chunk_size, first, OWN: tl.constexpr, slices):
     """Where a program works: row (of batch and heads), slice, chunk, and tile of so many tiles.
 
     Then the chunk's first query and its filled length. `first` chunks of all rows are left out.
@@ -407,28 +407,28 @@ def _place(positions, before, chunk_size, first, OWN: tl.constexpr, slices):  # 
 
 
 @triton.jit
-def _forward_blocks(  # noqa: ANN202
-    acc,  # noqa: ANN001
-    total,  # noqa: ANN001
-    top,  # noqa: ANN001
-    q,  # noqa: ANN001
-    q_base,  # noqa: ANN001
-    queries,  # noqa: ANN001
-    ahead,  # noqa: ANN001
-    q_step,  # noqa: ANN001
-    k_base,  # noqa: ANN001
-    v_base,  # noqa: ANN001
-    k_step,  # noqa: ANN001
-    v_step,  # noqa: ANN001
-    first,  # noqa: ANN001
-    stop,  # noqa: ANN001
-    filled,  # noqa: ANN001
-    seed,  # noqa: ANN001
-    chunk,  # noqa: ANN001
-    row,  # noqa: ANN001
-    threshold,  # noqa: ANN001
-    rescale,  # noqa: ANN001
-    e,  # noqa: ANN001
+def _forward_blocks(
+    acc,
+    total,
+    top,
+    q,
+    q_base,
+    queries,
+    ahead,
+    q_step,
+    k_base,
+    v_base,
+    k_step,
+    v_step,
+    first,
+    stop,
+    filled,
+    seed,
+    chunk,
+    row,
+    threshold,
+    rescale,
+    e,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -463,30 +463,30 @@ def _forward_blocks(  # noqa: ANN202
 
 @kernel
 def forward_kernel(
-    q_ptr,  # noqa: ANN001
-    k_ptr,  # noqa: ANN001
-    v_ptr,  # noqa: ANN001
-    out_ptr,  # noqa: ANN001
-    lse_ptr,  # noqa: ANN001
-    seed_ptr,  # noqa: ANN001
-    heads,  # noqa: ANN001
-    positions,  # noqa: ANN001
-    before,  # noqa: ANN001
-    chunk_size,  # noqa: ANN001
-    threshold,  # noqa: ANN001
-    rescale,  # noqa: ANN001
-    q_batch,  # noqa: ANN001
-    q_step,  # noqa: ANN001
-    q_head,  # noqa: ANN001
-    k_batch,  # noqa: ANN001
-    k_step,  # noqa: ANN001
-    k_head,  # noqa: ANN001
-    v_batch,  # noqa: ANN001
-    v_step,  # noqa: ANN001
-    v_head,  # noqa: ANN001
-    out_batch,  # noqa: ANN001
-    out_step,  # noqa: ANN001
-    out_head,  # noqa: ANN001
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    seed_ptr,
+    heads,
+    positions,
+    before,
+    chunk_size,
+    threshold,
+    rescale,
+    q_batch,
+    q_step,
+    q_head,
+    k_batch,
+    k_step,
+    k_head,
+    v_batch,
+    v_step,
+    v_head,
+    out_batch,
+    out_step,
+    out_head,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -548,17 +548,17 @@ def forward_kernel(
 
 @kernel
 def delta_kernel(
-    out_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
-    delta_ptr,  # noqa: ANN001
-    heads,  # noqa: ANN001
-    length,  # noqa: ANN001
-    out_batch,  # noqa: ANN001
-    out_step,  # noqa: ANN001
-    out_head,  # noqa: ANN001
-    grad_batch,  # noqa: ANN001
-    grad_step,  # noqa: ANN001
-    grad_head,  # noqa: ANN001
+    out_ptr,
+    grad_ptr,
+    delta_ptr,
+    heads,
+    length,
+    out_batch,
+    out_step,
+    out_head,
+    grad_batch,
+    grad_step,
+    grad_head,
     DV: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -581,35 +581,35 @@ def delta_kernel(
 
 @kernel
 def scores_kernel(
-    q_ptr,  # noqa: ANN001
-    k_ptr,  # noqa: ANN001
-    v_ptr,  # noqa: ANN001
-    grad_out_ptr,  # noqa: ANN001
-    lse_ptr,  # noqa: ANN001
-    delta_ptr,  # noqa: ANN001
-    weights_ptr,  # noqa: ANN001
-    grad_scores_ptr,  # noqa: ANN001
-    seed_ptr,  # noqa: ANN001
-    heads,  # noqa: ANN001
-    positions,  # noqa: ANN001
-    before,  # noqa: ANN001
-    chunk_size,  # noqa: ANN001
-    threshold,  # noqa: ANN001
-    rescale,  # noqa: ANN001
-    first,  # noqa: ANN001
-    side,  # noqa: ANN001
-    q_batch,  # noqa: ANN001
-    q_step,  # noqa: ANN001
-    q_head,  # noqa: ANN001
-    k_batch,  # noqa: ANN001
-    k_step,  # noqa: ANN001
-    k_head,  # noqa: ANN001
-    v_batch,  # noqa: ANN001
-    v_step,  # noqa: ANN001
-    v_head,  # noqa: ANN001
-    grad_out_batch,  # noqa: ANN001
-    grad_out_step,  # noqa: ANN001
-    grad_out_head,  # noqa: ANN001
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    weights_ptr,
+    grad_scores_ptr,
+    seed_ptr,
+    heads,
+    positions,
+    before,
+    chunk_size,
+    threshold,
+    rescale,
+    first,
+    side,
+    q_batch,
+    q_step,
+    q_head,
+    k_batch,
+    k_step,
+    k_head,
+    v_batch,
+    v_step,
+    v_head,
+    grad_out_batch,
+    grad_out_step,
+    grad_out_head,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -673,21 +673,21 @@ def scores_kernel(
 
 @kernel
 def product_kernel(
-    matrix_ptr,  # noqa: ANN001
-    x_ptr,  # noqa: ANN001
-    out_ptr,  # noqa: ANN001
-    heads,  # noqa: ANN001
-    positions,  # noqa: ANN001
-    before,  # noqa: ANN001
-    chunk_size,  # noqa: ANN001
-    first,  # noqa: ANN001
-    side,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    x_head,  # noqa: ANN001
-    out_batch,  # noqa: ANN001
-    out_step,  # noqa: ANN001
-    out_head,  # noqa: ANN001
+    matrix_ptr,
+    x_ptr,
+    out_ptr,
+    heads,
+    positions,
+    before,
+    chunk_size,
+    first,
+    side,
+    x_batch,
+    x_step,
+    x_head,
+    out_batch,
+    out_step,
+    out_head,
     COLUMNS: tl.constexpr,
     OF_QUERIES: tl.constexpr,
     OWN: tl.constexpr,

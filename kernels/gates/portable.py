@@ -27,13 +27,13 @@ def swiglu_portable(hidden: Tensor) -> Tensor:
 
 class _GatedSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(gate, x)
         return _gated(gate, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
         return _gradients(gate, x, grad_y)
 
@@ -52,7 +52,7 @@ class _SwiGLU(torch.autograd.Function):
     """Of [rows, 2 F], in blocks that stay in a CPU's cache; the gradient is made in one piece."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
         gate, x = hidden.chunk(2, dim=-1)
         if fuses(hidden):
@@ -64,7 +64,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor:  # noqa: ANN401
+    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         (hidden,) = ctx.saved_tensors
         if fuses(hidden):
             return _joint_gradient(hidden, grad_y)

@@ -36,7 +36,7 @@ def swiglu_triton(hidden: Tensor) -> Tensor:
 
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
         gate, x = _side_by_side(gate), _side_by_side(x)
         ctx.save_for_backward(gate, x)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -45,7 +45,7 @@ class _GatedSilu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
         grad_gate, grad_x = torch.empty_like(gate), torch.empty_like(x)
         _launch(backward_kernel, gate, x, _side_by_side(grad_y), grad_gate, grad_x)
@@ -54,7 +54,7 @@ class _GatedSilu(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
         hidden = _side_by_side(hidden)
         ctx.save_for_backward(hidden)
         gate, x = hidden.chunk(2, dim=-1)
@@ -64,7 +64,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor:  # noqa: ANN401
+    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         (hidden,) = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         _launch(
@@ -79,7 +79,7 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and min(x.stride()) > 0 else x.contiguous()
 
 
-def _launch(kernel: Any, *tensors: Tensor) -> None:  # noqa: ANN401
+def _launch(kernel: Any, *tensors: Tensor) -> None:
     outer, inner, width = tensors[0].shape
     # The largest power of two in the width, so that no part of a tile is empty: 512 for 2560.
     columns = min(COLUMNS, width & -width)
@@ -95,7 +95,7 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:  # noqa: ANN401
 
 
 @triton.jit
-def _tile(W: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr):  # noqa: ANN202
+def _tile(W: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr):
     """A program's rows and columns; programs side by side work on the same rows."""
     across: tl.constexpr = (W + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
@@ -104,7 +104,7 @@ def _tile(W: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr):  # noqa: ANN
 
 
 @triton.jit
-def _at(row, inner, outer_stride, inner_stride, column):  # noqa: ANN001, ANN202
+def _at(row, inner, outer_stride, inner_stride, column):
     """Places of a tile [rows, columns] in a tensor [A, B, W] with these strides."""
     outer = row // inner
     within = row - outer * inner
@@ -114,17 +114,17 @@ def _at(row, inner, outer_stride, inner_stride, column):  # noqa: ANN001, ANN202
 
 @kernel
 def forward_kernel(
-    gate_ptr,  # noqa: ANN001
-    x_ptr,  # noqa: ANN001
-    y_ptr,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    inner,  # noqa: ANN001
-    gate_outer,  # noqa: ANN001
-    gate_inner,  # noqa: ANN001
-    x_outer,  # noqa: ANN001
-    x_inner,  # noqa: ANN001
-    y_outer,  # noqa: ANN001
-    y_inner,  # noqa: ANN001
+    gate_ptr,
+    x_ptr,
+    y_ptr,
+    rows,
+    inner,
+    gate_outer,
+    gate_inner,
+    x_outer,
+    x_inner,
+    y_outer,
+    y_inner,
     W: tl.constexpr,
     COLUMNS: tl.constexpr,
     R: tl.constexpr,
@@ -143,23 +143,23 @@ def forward_kernel(
 
 @kernel
 def backward_kernel(
-    gate_ptr,  # noqa: ANN001
-    x_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
-    grad_gate_ptr,  # noqa: ANN001
-    grad_x_ptr,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    inner,  # noqa: ANN001
-    gate_outer,  # noqa: ANN001
-    gate_inner,  # noqa: ANN001
-    x_outer,  # noqa: ANN001
-    x_inner,  # noqa: ANN001
-    grad_outer,  # noqa: ANN001
-    grad_inner,  # noqa: ANN001
-    grad_gate_outer,  # noqa: ANN001
-    grad_gate_inner,  # noqa: ANN001
-    grad_x_outer,  # noqa: ANN001
-    grad_x_inner,  # noqa: ANN001
+    gate_ptr,
+    x_ptr,
+    grad_ptr,
+    grad_gate_ptr,
+    grad_x_ptr,
+    rows,
+    inner,
+    gate_outer,
+    gate_inner,
+    x_outer,
+    x_inner,
+    grad_outer,
+    grad_inner,
+    grad_gate_outer,
+    grad_gate_inner,
+    grad_x_outer,
+    grad_x_inner,
     W: tl.constexpr,
     COLUMNS: tl.constexpr,
     R: tl.constexpr,

@@ -30,7 +30,7 @@ def query_key_portable(
 class _QueryKey(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         z: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -53,7 +53,7 @@ class _QueryKey(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, bias, table = ctx.saved_tensors
         dtype = table.dtype.to_real()
         scale, _ = _affine(weight, bias, z, dtype)

@@ -82,7 +82,7 @@ class Tiling(NamedTuple):
 class _QueryKey(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         z: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -111,7 +111,7 @@ class _QueryKey(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_query: Tensor,
         grad_key: Tensor,
     ) -> tuple[Tensor | None, ...]:
@@ -143,7 +143,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _fine(table, column, W: tl.constexpr, T: tl.constexpr):  # noqa: ANN001, ANN202
+def _fine(table, column, W: tl.constexpr, T: tl.constexpr):
     """Cosines and sines [T, WP / 2] of the places in a tile."""
     at = tl.arange(0, T)[:, None] * W + column[None]
     pairs = tl.load(table + at, mask=(column < W)[None], other=0.0)
@@ -151,7 +151,7 @@ def _fine(table, column, W: tl.constexpr, T: tl.constexpr):  # noqa: ANN001, ANN
 
 
 @triton.jit
-def _turns(coarse, number, column, fine_cos, fine_sin, W: tl.constexpr):  # noqa: ANN001, ANN202
+def _turns(coarse, number, column, fine_cos, fine_sin, W: tl.constexpr):
     """Cosines and sines [T, WP / 2] of the positions in a chunk's tile of that number."""
     pairs = tl.load(coarse + number * W + column, mask=column < W, other=0.0)
     cos, sin = tl.split(tl.reshape(pairs, [column.shape[0] // 2, 2]))
@@ -160,7 +160,7 @@ def _turns(coarse, number, column, fine_cos, fine_sin, W: tl.constexpr):  # noqa
 
 
 @triton.jit
-def _steps(tile, length, first, chunk, chunk_tiles, T: tl.constexpr):  # noqa: ANN001, ANN202
+def _steps(tile, length, first, chunk, chunk_tiles, T: tl.constexpr):
     """A tile's number in its chunk, its steps [T] of z and which of them are there."""
     tile += first // T
     number = tile % chunk_tiles
@@ -170,7 +170,7 @@ def _steps(tile, length, first, chunk, chunk_tiles, T: tl.constexpr):  # noqa: A
 
 
 @triton.jit
-def _turn(x, cos, sin):  # noqa: ANN001, ANN202
+def _turn(x, cos, sin):
     """Pairs of x [T, WP] turned."""
     T: tl.constexpr = x.shape[0]
     WP: tl.constexpr = x.shape[1]
@@ -181,25 +181,25 @@ def _turn(x, cos, sin):  # noqa: ANN001, ANN202
 
 @kernel
 def forward_kernel(
-    z_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    bias_ptr,  # noqa: ANN001
-    fine,  # noqa: ANN001
-    coarse,  # noqa: ANN001
-    query_ptr,  # noqa: ANN001
-    key_ptr,  # noqa: ANN001
-    heads,  # noqa: ANN001
-    length,  # noqa: ANN001
-    first,  # noqa: ANN001
-    chunk,  # noqa: ANN001
-    chunk_tiles,  # noqa: ANN001
-    tiles,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    root,  # noqa: ANN001
-    eps,  # noqa: ANN001
-    z_batch,  # noqa: ANN001
-    z_step,  # noqa: ANN001
-    z_head,  # noqa: ANN001
+    z_ptr,
+    weight_ptr,
+    bias_ptr,
+    fine,
+    coarse,
+    query_ptr,
+    key_ptr,
+    heads,
+    length,
+    first,
+    chunk,
+    chunk_tiles,
+    tiles,
+    segment,
+    root,
+    eps,
+    z_batch,
+    z_step,
+    z_head,
     W: tl.constexpr,
     WP: tl.constexpr,
     T: tl.constexpr,
@@ -238,35 +238,35 @@ def forward_kernel(
 
 @kernel
 def backward_kernel(
-    z_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    fine,  # noqa: ANN001
-    coarse,  # noqa: ANN001
-    grad_query_ptr,  # noqa: ANN001
-    grad_key_ptr,  # noqa: ANN001
-    grad_z_ptr,  # noqa: ANN001
-    partial,  # noqa: ANN001
-    heads,  # noqa: ANN001
-    length,  # noqa: ANN001
-    first,  # noqa: ANN001
-    chunk,  # noqa: ANN001
-    chunk_tiles,  # noqa: ANN001
-    tiles,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    root,  # noqa: ANN001
-    eps,  # noqa: ANN001
-    z_batch,  # noqa: ANN001
-    z_step,  # noqa: ANN001
-    z_head,  # noqa: ANN001
-    query_batch,  # noqa: ANN001
-    query_step,  # noqa: ANN001
-    query_head,  # noqa: ANN001
-    key_batch,  # noqa: ANN001
-    key_step,  # noqa: ANN001
-    key_head,  # noqa: ANN001
-    grad_z_batch,  # noqa: ANN001
-    grad_z_step,  # noqa: ANN001
-    grad_z_head,  # noqa: ANN001
+    z_ptr,
+    weight_ptr,
+    fine,
+    coarse,
+    grad_query_ptr,
+    grad_key_ptr,
+    grad_z_ptr,
+    partial,
+    heads,
+    length,
+    first,
+    chunk,
+    chunk_tiles,
+    tiles,
+    segment,
+    root,
+    eps,
+    z_batch,
+    z_step,
+    z_head,
+    query_batch,
+    query_step,
+    query_head,
+    key_batch,
+    key_step,
+    key_head,
+    grad_z_batch,
+    grad_z_step,
+    grad_z_head,
     W: tl.constexpr,
     WP: tl.constexpr,
     T: tl.constexpr,

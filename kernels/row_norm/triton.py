@@ -66,7 +66,7 @@ class _RowNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -92,7 +92,7 @@ class _RowNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_y: Tensor,
     ) -> tuple[Tensor | None, ...]:
         x, weight, rstd, *mean = ctx.saved_tensors
@@ -122,7 +122,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rows(row, inner, outer_stride, inner_stride):  # noqa: ANN001, ANN202
+def _rows(row, inner, outer_stride, inner_stride):
     """Where rows of [A, B, D] start, of a tensor with these strides."""
     outer = row // inner
     within = row - outer * inner
@@ -131,18 +131,18 @@ def _rows(row, inner, outer_stride, inner_stride):  # noqa: ANN001, ANN202
 
 @kernel
 def forward_kernel(
-    x_ptr,  # noqa: ANN001
-    y_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    bias_ptr,  # noqa: ANN001
-    mean_ptr,  # noqa: ANN001
-    rstd_ptr,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    inner,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    eps,  # noqa: ANN001
-    x_outer,  # noqa: ANN001
-    x_inner,  # noqa: ANN001
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    inner,
+    segment,
+    eps,
+    x_outer,
+    x_inner,
     D: tl.constexpr,
     DP: tl.constexpr,
     R: tl.constexpr,
@@ -176,22 +176,22 @@ def forward_kernel(
 
 @kernel
 def backward_kernel(
-    x_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    mean_ptr,  # noqa: ANN001
-    rstd_ptr,  # noqa: ANN001
-    grad_x_ptr,  # noqa: ANN001
-    partial,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    inner,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    x_outer,  # noqa: ANN001
-    x_inner,  # noqa: ANN001
-    grad_outer,  # noqa: ANN001
-    grad_inner,  # noqa: ANN001
-    grad_x_outer,  # noqa: ANN001
-    grad_x_inner,  # noqa: ANN001
+    x_ptr,
+    grad_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    partial,
+    rows,
+    inner,
+    segment,
+    x_outer,
+    x_inner,
+    grad_outer,
+    grad_inner,
+    grad_x_outer,
+    grad_x_inner,
     D: tl.constexpr,
     DP: tl.constexpr,
     R: tl.constexpr,

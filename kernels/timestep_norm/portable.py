@@ -67,7 +67,7 @@ class _TimestepNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -109,7 +109,7 @@ class _TimestepNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_y: Tensor,
         grad_mean: Tensor,
         grad_var: Tensor,
@@ -162,7 +162,7 @@ def timestep_statistics_portable(x: Tensor, num_groups: int) -> tuple[Tensor, Te
 
 class _TimestepStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         step_mean, step_var = _step_statistics(x, groups, None)
         mean = step_mean.mean(1)
         var = step_mean.sub_(mean[:, None]).square_().add_(step_var).mean(1)
@@ -172,7 +172,7 @@ class _TimestepStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_mean: Tensor,
         grad_var: Tensor,
     ) -> tuple[Tensor, None]:

@@ -121,7 +121,7 @@ class Tiling(NamedTuple):
 class _TimestepNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -156,7 +156,7 @@ class _TimestepNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_y: Tensor,
         grad_mean: Tensor,
         grad_var: Tensor,
@@ -194,7 +194,7 @@ class _TimestepNorm(torch.autograd.Function):
 
 class _TimestepStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         x = _rows(x)
         batch, length, _ = x.shape
         tiling = Tiling.of(x, groups, fewest=PROGRAMS // batch)
@@ -211,7 +211,7 @@ class _TimestepStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_mean: Tensor,
         grad_var: Tensor,
     ) -> tuple[Tensor, None]:
@@ -256,7 +256,7 @@ def _totals(
 
 
 @triton.jit
-def _rows_and_groups(G: tl.constexpr, GB: tl.constexpr):  # noqa: ANN202
+def _rows_and_groups(G: tl.constexpr, GB: tl.constexpr):
     """A program's batch row and its groups [GB]."""
     BLOCKS: tl.constexpr = (G + GB - 1) // GB
     program = tl.program_id(0)
@@ -264,7 +264,7 @@ def _rows_and_groups(G: tl.constexpr, GB: tl.constexpr):  # noqa: ANN202
 
 
 @triton.jit
-def _real(flags, t, length, row, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+def _real(flags, t, length, row, MASKED: tl.constexpr):
     """Which steps of a tile [T] exist and are not masked."""
     real = t < length
     if MASKED:
@@ -273,7 +273,7 @@ def _real(flags, t, length, row, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _all_real(real, first, length, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+def _all_real(real, first, length, MASKED: tl.constexpr):
     """How many steps of a tile that begins at `first` are real, in float64."""
     T: tl.constexpr = real.shape[0]
     if MASKED:
@@ -283,7 +283,7 @@ def _all_real(real, first, length, MASKED: tl.constexpr):  # noqa: ANN001, ANN20
 
 
 @triton.jit
-def _real_so_far(real, first, length, MASKED: tl.constexpr):  # noqa: ANN001, ANN202
+def _real_so_far(real, first, length, MASKED: tl.constexpr):
     """How many steps of a tile that begins at `first` are real up to each [T], in float64."""
     T: tl.constexpr = real.shape[0]
     if MASKED:
@@ -293,7 +293,7 @@ def _real_so_far(real, first, length, MASKED: tl.constexpr):  # noqa: ANN001, AN
 
 
 @triton.jit
-def _deviations(x, real, steps, inside, S: tl.constexpr):  # noqa: ANN001, ANN202
+def _deviations(x, real, steps, inside, S: tl.constexpr):
     """A tile's rough mean [GB], each step's mean about it and its variance [T, GB]; float64.
 
     x is 0 where there is nothing, `steps` how many of its steps are real. A step's mean is taken
@@ -315,7 +315,7 @@ def _deviations(x, real, steps, inside, S: tl.constexpr):  # noqa: ANN001, ANN20
 
 
 @triton.jit
-def _merge(n, mean, m2, more, more_mean, more_m2):  # noqa: ANN001, ANN202
+def _merge(n, mean, m2, more, more_mean, more_m2):
     """Statistics of two sets together, one of n steps and one of `more` (Chan et al.)."""
     both = n + more
     share = more / tl.maximum(both, 1.0)
@@ -324,7 +324,7 @@ def _merge(n, mean, m2, more, more_mean, more_m2):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _running(x, real, steps, so_far, inside, n, mean, m2, S: tl.constexpr):  # noqa: ANN001, ANN202
+def _running(x, real, steps, so_far, inside, n, mean, m2, S: tl.constexpr):
     """Count [T, 1], mean and M2 [T, GB] at every step, float64, after (n, mean, m2) [GB]."""
     shift, step_mean, step_var = _deviations(x, real, steps, inside, S)
     steps = so_far[:, None]
@@ -337,13 +337,13 @@ def _running(x, real, steps, so_far, inside, n, mean, m2, S: tl.constexpr):  # n
 
 
 @triton.jit
-def _row(z, which: tl.constexpr, T: tl.constexpr):  # noqa: ANN001, ANN202
+def _row(z, which: tl.constexpr, T: tl.constexpr):
     """Row `which` of z [T, GB]."""
     return tl.sum(tl.where((tl.arange(0, T) == which)[:, None], z, 0.0), 0)
 
 
 @triton.jit
-def _load_three(pointer, g, groups, there):  # noqa: ANN001, ANN202
+def _load_three(pointer, g, groups, there):
     """(count, mean, M2) of groups g from [3, groups]."""
     n = tl.load(pointer + g, mask=there, other=0.0)
     mean = tl.load(pointer + groups + g, mask=there, other=0.0)
@@ -351,7 +351,7 @@ def _load_three(pointer, g, groups, there):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _store_three(pointer, g, groups, there, n, mean, m2):  # noqa: ANN001, ANN202
+def _store_three(pointer, g, groups, there, n, mean, m2):
     tl.store(pointer + g, n, mask=there)
     tl.store(pointer + groups + g, mean, mask=there)
     tl.store(pointer + 2 * groups + g, m2, mask=there)
@@ -359,14 +359,14 @@ def _store_three(pointer, g, groups, there, n, mean, m2):  # noqa: ANN001, ANN20
 
 @kernel
 def totals_kernel(
-    x_ptr,  # noqa: ANN001
-    flags,  # noqa: ANN001
-    totals,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    segments,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
+    x_ptr,
+    flags,
+    totals,
+    length,
+    segment,
+    segments,
+    x_batch,
+    x_step,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -404,25 +404,25 @@ def totals_kernel(
 
 @kernel
 def forward_kernel(
-    x_ptr,  # noqa: ANN001
-    y_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    bias_ptr,  # noqa: ANN001
-    flags,  # noqa: ANN001
-    count_in,  # noqa: ANN001
-    mean_in,  # noqa: ANN001
-    var_in,  # noqa: ANN001
-    totals,  # noqa: ANN001
-    before,  # noqa: ANN001
-    mean_out,  # noqa: ANN001
-    var_out,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    eps,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    y_batch,  # noqa: ANN001
-    y_step,  # noqa: ANN001
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    flags,
+    count_in,
+    mean_in,
+    var_in,
+    totals,
+    before,
+    mean_out,
+    var_out,
+    length,
+    segment,
+    eps,
+    x_batch,
+    x_step,
+    y_batch,
+    y_step,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -487,21 +487,21 @@ def forward_kernel(
 
 
 @triton.jit
-def _tile_backward(  # noqa: ANN202
-    x,  # noqa: ANN001
-    grad,  # noqa: ANN001
-    gain,  # noqa: ANN001
-    real,  # noqa: ANN001
-    steps,  # noqa: ANN001
-    so_far,  # noqa: ANN001
-    inside,  # noqa: ANN001
-    at_end,  # noqa: ANN001
-    grad_mean,  # noqa: ANN001
-    grad_var,  # noqa: ANN001
-    n,  # noqa: ANN001
-    mean,  # noqa: ANN001
-    m2,  # noqa: ANN001
-    eps,  # noqa: ANN001
+def _tile_backward(
+    x,
+    grad,
+    gain,
+    real,
+    steps,
+    so_far,
+    inside,
+    at_end,
+    grad_mean,
+    grad_var,
+    n,
+    mean,
+    m2,
+    eps,
     S: tl.constexpr,
 ):
     """What a tile's steps send back through the running statistics, and what it took for that.
@@ -529,21 +529,21 @@ def _tile_backward(  # noqa: ANN202
 
 @kernel
 def backward_totals_kernel(
-    x_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    flags,  # noqa: ANN001
-    before,  # noqa: ANN001
-    grad_mean_ptr,  # noqa: ANN001
-    grad_var_ptr,  # noqa: ANN001
-    totals,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    eps,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    grad_batch,  # noqa: ANN001
-    grad_step,  # noqa: ANN001
+    x_ptr,
+    grad_ptr,
+    weight_ptr,
+    flags,
+    before,
+    grad_mean_ptr,
+    grad_var_ptr,
+    totals,
+    length,
+    segment,
+    eps,
+    x_batch,
+    x_step,
+    grad_batch,
+    grad_step,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -593,29 +593,29 @@ def backward_totals_kernel(
 
 @kernel
 def backward_kernel(
-    x_ptr,  # noqa: ANN001
-    grad_ptr,  # noqa: ANN001
-    weight_ptr,  # noqa: ANN001
-    flags,  # noqa: ANN001
-    before,  # noqa: ANN001
-    grad_mean_ptr,  # noqa: ANN001
-    grad_var_ptr,  # noqa: ANN001
-    totals,  # noqa: ANN001
-    count_in,  # noqa: ANN001
-    mean_in,  # noqa: ANN001
-    grad_x_ptr,  # noqa: ANN001
-    partial,  # noqa: ANN001
-    grad_mean_in,  # noqa: ANN001
-    grad_var_in,  # noqa: ANN001
-    length,  # noqa: ANN001
-    segment,  # noqa: ANN001
-    eps,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    grad_batch,  # noqa: ANN001
-    grad_step,  # noqa: ANN001
-    grad_x_batch,  # noqa: ANN001
-    grad_x_step,  # noqa: ANN001
+    x_ptr,
+    grad_ptr,
+    weight_ptr,
+    flags,
+    before,
+    grad_mean_ptr,
+    grad_var_ptr,
+    totals,
+    count_in,
+    mean_in,
+    grad_x_ptr,
+    partial,
+    grad_mean_in,
+    grad_var_in,
+    length,
+    segment,
+    eps,
+    x_batch,
+    x_step,
+    grad_batch,
+    grad_step,
+    grad_x_batch,
+    grad_x_step,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -699,16 +699,16 @@ def backward_kernel(
 
 @kernel
 def statistics_backward_kernel(
-    x_ptr,  # noqa: ANN001
-    grad_x_ptr,  # noqa: ANN001
-    mean_ptr,  # noqa: ANN001
-    slope_ptr,  # noqa: ANN001
-    constant_ptr,  # noqa: ANN001
-    length,  # noqa: ANN001
-    x_batch,  # noqa: ANN001
-    x_step,  # noqa: ANN001
-    grad_batch,  # noqa: ANN001
-    grad_step,  # noqa: ANN001
+    x_ptr,
+    grad_x_ptr,
+    mean_ptr,
+    slope_ptr,
+    constant_ptr,
+    length,
+    x_batch,
+    x_step,
+    grad_batch,
+    grad_step,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,

@@ -48,7 +48,7 @@ class MegalodonBridge(MegatronModelBridge):
 
     ADDITIONAL_FILE_PATTERNS = list(CODE)
 
-    def provider_bridge(self, hf_pretrained: Any) -> MegalodonModelProvider:  # noqa: ANN401
+    def provider_bridge(self, hf_pretrained: Any) -> MegalodonModelProvider:
         """The provider of the model that a Hugging Face configuration describes.
 
         Raises:
@@ -91,7 +91,7 @@ class MegalodonBridge(MegatronModelBridge):
         return MegatronMappingRegistry(*mappings)
 
 
-def architecture_of(hf_config: Any) -> Architecture:  # noqa: ANN401
+def architecture_of(hf_config: Any) -> Architecture:
     """The architecture that a Hugging Face configuration describes.
 
     Raises:

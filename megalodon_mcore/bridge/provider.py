@@ -77,7 +77,7 @@ class MegalodonModelProvider(GPTModelProvider):
     megalodon_init_mode: str = "he"
 
     @classmethod
-    def of(cls, model: Architecture | MegalodonSize | str, **values: Any) -> MegalodonModelProvider:  # noqa: ANN401
+    def of(cls, model: Architecture | MegalodonSize | str, **values: Any) -> MegalodonModelProvider:
         """The provider of a model from its architecture, a size or a size's name.
 
         Args:

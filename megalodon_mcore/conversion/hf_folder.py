@@ -174,7 +174,7 @@ def _with_derived(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json describes no model: {'; '.join(wrong) or error}.") from None
 
 
-def _first(ids: Any, origin: str) -> int:  # noqa: ANN401
+def _first(ids: Any, origin: str) -> int:
     found = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(found, int):
         raise ValueError(f"{origin} has eos_token_id {ids!r}; it takes an integer or several.")

@@ -61,7 +61,7 @@ def write_safetensors(path: Path, entries: list[Entry], tensors: Iterable[Tensor
             file.write(raw_bytes(tensor))
 
 
-def open_safetensors(path: Path) -> Any:  # noqa: ANN401
+def open_safetensors(path: Path) -> Any:
     """An open file of which tensors are read one by one.
 
     Raises:

@@ -98,7 +98,7 @@ class TorchDistReader:
             raise ValueError(f"{self.folder} lacks a part of {key}.")
         return result
 
-    def read_object(self, key: str, safe_globals: list[Any]) -> Any:  # noqa: ANN401
+    def read_object(self, key: str, safe_globals: list[Any]) -> Any:
         """An object that is no tensor, made of plain types and these classes."""
         return self._load(MetadataIndex(key), safe_globals)
 
@@ -108,7 +108,7 @@ class TorchDistReader:
             raise ValueError(f"{key} is no tensor in {self.folder}.")
         return tensor
 
-    def _load(self, index: MetadataIndex, safe_globals: list[Any]) -> Any:  # noqa: ANN401
+    def _load(self, index: MetadataIndex, safe_globals: list[Any]) -> Any:
         place = self.places.get(index)
         if place is None:
             raise ValueError(f"{self.folder} has no {index.fqn}.")
@@ -130,7 +130,7 @@ def safe_load(
     what: str,
     safe_globals: list[Any],
     mmap: bool = False,
-) -> Any:  # noqa: ANN401
+) -> Any:
     """What torch.save wrote, made of tensors, plain types and these classes.
 
     Raises:
@@ -154,7 +154,7 @@ class _ForbiddenError(Exception):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+    def find_class(self, module: str, name: str) -> Any:
         if module in METADATA_MODULES and "." not in name or (module, name) in METADATA_NAMES:
             return super().find_class(module, name)
         if module == "torch" and "." not in name:

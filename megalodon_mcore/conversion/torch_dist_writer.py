@@ -50,7 +50,7 @@ class TorchDistWriter:
         own = part.untyped_storage().nbytes() == part.numel() * part.element_size()
         self._append(MetadataIndex(key, chunk.offsets), part if own else part.clone())
 
-    def write_object(self, key: str, value: Any) -> None:  # noqa: ANN401
+    def write_object(self, key: str, value: Any) -> None:
         """Adds an object that is no tensor."""
         self.entries[key] = BytesStorageMetadata()
         self._append(MetadataIndex(key), value)
@@ -67,7 +67,7 @@ class TorchDistWriter:
         """Lets go of the file, finished or not."""
         self.file.close()
 
-    def _append(self, index: MetadataIndex, value: Any) -> None:  # noqa: ANN401
+    def _append(self, index: MetadataIndex, value: Any) -> None:
         start = self.file.tell()
         if isinstance(value, Tensor):
             torch.save(value.detach().contiguous(), self.file)

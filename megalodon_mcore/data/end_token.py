@@ -14,7 +14,7 @@ def without_end(ids: np.ndarray | Sequence[int], end: int) -> np.ndarray | Seque
     return ids[:stop]
 
 
-def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:  # noqa: ANN401
+def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """The ids of a text to be continued, without the end token that the tokenizer may add.
 
     An end token that is spelled out in the prompt is the user's and stays.

@@ -79,7 +79,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         context: Tensor | None = None,
         inference_context: object | None = None,
         packed_seq_params: object | None = None,
-        **unused: Any,  # noqa: ANN401
+        **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What TransformerBlock calls; masks and rotary embeddings it passes are not needed.
 

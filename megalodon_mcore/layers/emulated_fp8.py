@@ -49,11 +49,11 @@ class _EmulatedFp8:
     are those of a rank's part, so they differ between tensor-parallel sizes.
     """
 
-    def __init__(self, *args: Any, recipe: str, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, recipe: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recipe: str | None = recipe
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:  # noqa: ANN401
+    def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
         if self.recipe is None:
             return super()._forward_impl(input=input, weight=weight, **options)
         if options["sequence_parallel"]:

@@ -46,7 +46,7 @@ class ColumnParallelTELinear(TEColumnParallelLinear):
     other over tensor-parallel ranks.
     """
 
-    def __init__(self, *args: Any, disable_grad_reduce: bool = False, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, disable_grad_reduce: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, is_expert=False, **kwargs)
         if disable_grad_reduce:
             # All that Transformer Engine's forward and backward go by when they communicate. What
@@ -64,7 +64,7 @@ class NormedColumnParallelTELinear(TELayerNormColumnParallelLinear):
     float32 ones. Transformer Engine rounds them to bf16 for its kernel: of the scale 1 + w, only w.
     """
 
-    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         # --normalization is about Megatron's own norms.
         config = copy.copy(config)
         config.normalization = "LayerNorm"
@@ -84,5 +84,5 @@ class NormedColumnParallelTELinear(TELayerNormColumnParallelLinear):
 class RowParallelTELinear(TERowParallelLinear):
     """TERowParallelLinear with the arguments of Megatron's local layer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, is_expert=False, **kwargs)

@@ -84,7 +84,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         rows: Tensor,
         plan: _Plan,
         group: ProcessGroup,
@@ -97,7 +97,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         grad_rows: Tensor,
         grad_received: Tensor,
     ) -> tuple[Tensor, None, None]:
