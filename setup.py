@@ -31,6 +31,7 @@ setup(
     extras_require={
         "test": [
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "hypothesis==6.170.15",
             "psutil==7.2.2",
             "ruff==0.17.6",

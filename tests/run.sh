@@ -9,6 +9,7 @@ install_oldest_triton
 ruff format --check .
 ruff check .
 if [ $# -eq 0 ]; then
-    set -- -m ""
+    processes=$(($(nproc) < 4 ? $(nproc) : 4))
+    set -- -m "" -n "$processes" --dist loadgroup
 fi
 exec python -m pytest "$@"
