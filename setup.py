@@ -1,14 +1,22 @@
 """Installs megalodon_mcore; the folder kernels/ becomes the package megalodon_mcore.kernels."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 kernel_packages = ["megalodon_mcore.kernels"] + [
     f"megalodon_mcore.kernels.{name}" for name in find_packages("kernels")
 ]
 
+source = Path(__file__).with_name("megalodon_mcore") / "__init__.py"
+version = re.search(r'^__version__ = "(.+)"$', source.read_text(), re.MULTILINE)[1]
+
 setup(
     name="megalodon-mcore",
-    version="0.1.0",
+    version=version,
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     description="Megalodon, the long-context architecture, trained inside Megatron-Core.",
     python_requires=">=3.12",
     packages=find_packages(include=["megalodon_mcore", "megalodon_mcore.*"]) + kernel_packages,

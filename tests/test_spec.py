@@ -146,7 +146,7 @@ TABLE = """
 7.3b      32 4096 4 1024 8192  8192 yes 2048 64 1e4 no  no
 7b-paper  32 4096 4 1024 8192  8192 yes 4096 64 1e5 no  no
 """
-"""As DESIGN.md has it: layers, D, H, Z, E, F, SwiGLU, C, G, RoPE base, tied, scaled."""
+"""Layers, D, H, Z, E, F, SwiGLU, C, G, RoPE base, tied, scaled."""
 
 
 def test_named_sizes_have_the_listed_values():

@@ -1,4 +1,4 @@
-"""How Megalodon's parameters start (DESIGN: released get_init_fn and module initializers)."""
+"""How Megalodon's parameters start (released get_init_fn and module initializers)."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class MixerState(NamedTuple):
 
 
 class MegalodonMixer(MegatronModule):
-    """The first half of a block, up to but without its residual (DESIGN: m, z, q, k, v, r, a).
+    """The first half of a block, without its residual (m, z, q, k, v, r, a of examples/model.md).
 
     `linear_proj` is Wh1 and Wh2 side by side: one product of [m, a * r].
 

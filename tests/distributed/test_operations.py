@@ -142,7 +142,7 @@ def build_block(drawn: Draw, groups: ProcessGroupCollection, tp: int, cp: int) -
 def own_part(
     drawn: Draw, groups: ProcessGroupCollection, name: str, whole: torch.Tensor
 ) -> torch.Tensor:
-    """This rank's part of a whole parameter or gradient, told from DESIGN rather than the code."""
+    """This rank's part of a whole parameter or gradient, from the equations, not the code."""
     tp, rank = drawn.tp, groups.tp.rank()
     shares = min(tp, drawn.heads)
     share = rank * shares // tp
