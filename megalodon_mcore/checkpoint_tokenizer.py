@@ -13,6 +13,8 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from megalodon_mcore.checkpoint_errors import CheckpointError
+
 FOLDER = "tokenizer"
 ARGUMENTS = ("tokenizer_type", "tokenizer_model")
 SUFFIXES = {".json", ".jinja", ".model", ".txt", ".spm", ".bpe", ".tiktoken", ".py"}
@@ -78,7 +80,7 @@ def settle_arguments(args: Namespace, written: dict[str, str | None], option: st
         option: by which the user names a tokenizer's place, for the error.
 
     Raises:
-        ValueError: the checkpoint's tokenizer is missing and no other was named.
+        CheckpointError: the checkpoint's tokenizer is missing and no other was named.
     """
     kind, model = (written[name] for name in ARGUMENTS)
     if kind not in (None, args.tokenizer_type):
@@ -95,7 +97,7 @@ def settle_arguments(args: Namespace, written: dict[str, str | None], option: st
         # Hugging Face knows tokenizers by name, too.
         if args.tokenizer_type == FOLDER_KIND and HUB_NAME.fullmatch(recorded):
             return
-        raise ValueError(f"{error}; give its place with {option}.") from None
+        raise CheckpointError(f"{error}; give its place with {option}.") from None
     args.tokenizer_model = str(place)
 
 

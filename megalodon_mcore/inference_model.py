@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalodon_mcore import cpu, pretraining
-from megalodon_mcore.conversion.first_line import first_line
+from megalodon_mcore import checkpoint_errors, cpu, pretraining
 from megalodon_mcore.conversion.mcore_checkpoint import TRACKER, checkpoint_folder
+from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader
 
 
 @dataclass
@@ -67,7 +65,10 @@ def load_model(
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    with _one_sentence(place):
+    with checkpoint_errors.in_one_sentence(place):
+        if not any(place.glob("mp_rank_*")):
+            # Where its metadata is damaged, torch prints tracebacks, or runs what a pickle says.
+            TorchDistReader(place)
         parsed = _parse_arguments(checkpoint, iteration, arguments)
         initialize_megatron()
         model_config = gpt_config_from_args(parsed)
@@ -80,21 +81,6 @@ def load_model(
     while hasattr(model, "module"):
         model = model.module
     return LoadedModel(model.eval(), built, parsed, loaded_iteration)
-
-
-@contextmanager
-def _one_sentence(place: Path) -> Iterator[None]:
-    """Megatron and torch meet a damaged file with errors of many kinds, some of them no Exception.
-
-    Raises:
-        ValueError: for any of them.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise ValueError(f"{place} could not be loaded: {first_line(error)}.") from error
 
 
 def _tokenizer_arguments(place: Path) -> tuple[str, ...]:

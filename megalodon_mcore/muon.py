@@ -20,25 +20,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megalodon_mcore.missing_kernels import is_installed
+from megalodon_mcore.parallel.subgroups import subgroup
 
 OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """The matrices in a rank's part of a weight.
+    """The matrices in a rank's part of a weight; plain numbers, which a copied parameter keeps.
 
     Args:
         sizes: their extents along `axis`, side by side.
-        axis: see sizes.
-        group: the ranks among which each is cut.
-        partition_dim: along which dimension; None where the rank has them whole.
+        axis: along which tensor-parallel ranks cut each, too.
+        ranks_per_part: so many neighbouring ranks have the same part.
     """
 
     sizes: Sequence[int]
     axis: int
-    group: ProcessGroup
-    partition_dim: int | None
+    ranks_per_part: int = 1
 
 
 def mark_matrices(weight: Tensor, matrices: Matrices) -> None:
@@ -95,9 +94,10 @@ class Muon(emerging_optimizers.TensorParallelMuon):
         matrices = self._matrices_of(p)
         if matrices is None:
             return super().orthogonalize(p, grad, **kwargs)
-        partition_dim = None if self.tp_mode == "blockwise" else matrices.partition_dim
+        group = self._group_of(matrices)
+        partition_dim = None if self.tp_mode == "blockwise" else matrices.axis
         updates = [
-            self.scaled_orthogonalize_fn(part.contiguous(), matrices.group, partition_dim)
+            self.scaled_orthogonalize_fn(part.contiguous(), group, partition_dim)
             for part in grad.split(list(matrices.sizes), matrices.axis)
         ]
         return torch.cat(updates, matrices.axis)
@@ -107,6 +107,14 @@ class Muon(emerging_optimizers.TensorParallelMuon):
             if p is weight or p is getattr(weight, "main_param", None):
                 return weight.megalodon_matrices
         return None
+
+    def _group_of(self, matrices: Matrices) -> ProcessGroup:
+        """One rank for each part of these matrices, this rank for its own."""
+        group, each = self.pg_collection.tp, matrices.ranks_per_part
+        if each == 1:
+            return group
+        ranks = torch.distributed.get_process_group_ranks(group)
+        return subgroup(tuple(ranks[group.rank() % each :: each]))
 
 
 def check_optimizer(arguments: Namespace | None) -> None:

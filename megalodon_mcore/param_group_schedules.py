@@ -16,12 +16,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megalodon_mcore.checkpoint_errors import CheckpointError
+
 SCHEDULE = {"max_lr": "--lr", "min_lr": "--min-lr", "start_wd": "--start-weight-decay"}
 SCHEDULE["end_wd"] = "--end-weight-decay"
 """What the schedule sets in a group, and the argument that it comes from."""
 
 
-class ScheduleMismatchError(ValueError):
+class ScheduleMismatchError(CheckpointError):
     """A checkpoint has another schedule, and nothing says which of the two to take."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_mcore import checkpoint_tokenizer, missing_kernels
+from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels
 from megalodon_mcore.config import INIT_MODES, SIZES
 from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
@@ -74,10 +74,8 @@ def stand_alone_environment() -> None:
 def run() -> None:
     """Parses sys.argv as Megatron does and trains."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-
-    from megalodon_mcore.param_group_schedules import ScheduleMismatchError
 
     try:
         args = parse_arguments()
@@ -88,6 +86,7 @@ def run() -> None:
     model_config = model_config_from_arguments(args)
     check_model(model_config)
     keep_tokenizer(args)
+    checkpoint_errors.load_in_one_sentence(training, lambda *_, **__: args)
     datasets_provider.is_distributed = True
     try:
         pretrain(
@@ -97,7 +96,7 @@ def run() -> None:
             forward_step,
             get_embedding_ranks=get_embedding_ranks,
         )
-    except ScheduleMismatchError as error:
+    except checkpoint_errors.CheckpointError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
 
 
@@ -132,7 +131,8 @@ def parse_arguments(
                 "--use-checkpoint-args takes its values from --load, which is missing."
             )
         named = {name: getattr(args, name) for name in checkpoint_tokenizer.ARGUMENTS}
-        loaded = load_args_from_checkpoint(args)
+        with checkpoint_errors.loading(args):
+            loaded = load_args_from_checkpoint(args)
         if isinstance(loaded, tuple):
             for name in from_checkpoint:
                 setattr(args, name, getattr(loaded[1], name, None))

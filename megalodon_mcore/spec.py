@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megalodon_mcore import megatron_fixes, muon, throughput
+from megalodon_mcore import checkpoint_errors, megatron_fixes, muon, throughput
 from megalodon_mcore.config import (
     SIZES,
     MegalodonConfig,
@@ -217,7 +217,8 @@ def values_in_checkpoint(arguments: Namespace) -> dict[str, Any]:
     """The Megalodon values that the checkpoint under --load was trained with, if there is one."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    loaded = load_args_from_checkpoint(copy.copy(arguments))
+    with checkpoint_errors.loading(arguments):
+        loaded = load_args_from_checkpoint(copy.copy(arguments))
     return values_in_arguments(loaded[1]) if isinstance(loaded, tuple) else {}
 
 

@@ -481,6 +481,13 @@ def test_tokenizer_errors(tmp_path, corpus, bpe_folder):
     prepared = _prepare([folder], tmp_path / "d", tokenizer=str(bare), append_eod=False)
     assert prepared.eod_id is None
 
+    damaged = write_byte_tokenizer(tmp_path / "damaged") / "tokenizer.json"
+    values = json.loads(damaged.read_text())
+    values["model"]["vocab"]["e"] = 2**31
+    damaged.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="makes the token 2147483648, although it has 25[78]; "):
+        _prepare([folder], tmp_path / "e", tokenizer=str(damaged.parent))
+
 
 def test_sentences_become_sequences(tmp_path):
     from megatron.core.datasets.indexed_dataset import IndexedDataset

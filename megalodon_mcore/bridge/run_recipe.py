@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import ArgumentParser
 
+from megatron.bridge.training import checkpointing
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.finetune import finetune
 from megatron.bridge.training.gpt_step import forward_step
@@ -12,6 +13,7 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
 from megalodon_mcore.bridge.recipes import RECIPES, finetune_config
+from megalodon_mcore.checkpoint_errors import load_in_one_sentence
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -31,6 +33,7 @@ def run(command: str, argv: list[str]) -> int:
         cfg.model.finalize()
         print(describe(args.recipe, cfg))
         return 0
+    load_in_one_sentence(checkpointing, lambda state, **_: state.cfg.checkpoint)
     (finetune if finetunes else pretrain)(cfg, forward_step)
     return 0
 

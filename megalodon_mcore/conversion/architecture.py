@@ -49,6 +49,8 @@ class Architecture:
             kind = {"int": int, "float": (int, float), "bool": bool, "str": str}[str(field.type)]
             if not isinstance(value, kind) or (isinstance(value, bool) and field.type != "bool"):
                 raise ValueError(f"{field.name} is {value!r}; it takes a value of {field.type}.")
+            if field.type == "int" and value >= 2**31:
+                raise ValueError(f"{field.name} is {value}; it takes less than 2**31.")
         for name in ("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive integer.")

@@ -138,7 +138,8 @@ def open_model(args: Namespace) -> OpenModel:
     size = tokenizer_vocab_size(model.tokenizer)
     if size is not None and size > model.architecture.vocab_size:
         raise ValueError(
-            f"The tokenizer has {size} tokens and the model {model.architecture.vocab_size}."
+            f"The tokenizer in {args.tokenizer or args.input} has {size} tokens and the model "
+            f"{model.architecture.vocab_size}; give the right one with --tokenizer."
         )
     return model
 

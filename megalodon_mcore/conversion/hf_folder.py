@@ -74,7 +74,7 @@ def open_hf(folder: Path) -> OpenModel:
             "--from megalodon-hf)."
         )
     # The configuration class derives what is left out; the architecture needs the numbers.
-    values = _with_derived(values)
+    values = _with_derived(values, origin)
     architecture = architecture_from(values, NAMES, origin)
     tensors = TensorFolder(folder)
     known = {parameter.hf for parameter in parameters(architecture)}
@@ -91,6 +91,7 @@ def open_hf(folder: Path) -> OpenModel:
         tokenizer = Tokenizer(NULL_TOKENIZER, (), _first(values["eos_token_id"], origin))
     training = values.get(TRAINING)
     return OpenModel(
+        folder,
         architecture,
         DTYPES[named],
         lambda parameter: tensors.read(parameter.hf),
@@ -161,7 +162,7 @@ def _token_ids(model: OpenModel) -> dict[str, int]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
-def _with_derived(values: dict[str, Any]) -> dict[str, Any]:
+def _with_derived(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """The configuration with what save_pretrained leaves out because it is the default."""
     from megalodon_mcore.hf import MegalodonConfig
 
@@ -169,9 +170,11 @@ def _with_derived(values: dict[str, Any]) -> dict[str, Any]:
     own.pop(NAMES["init_mode"], None)
     try:
         return MegalodonConfig(**own).to_dict() | values
+    except ValueError as error:
+        raise ValueError(f"{origin} describes no model: {error}") from None
     except TypeError as error:
         wrong = [f"{name} is {value!r}" for name, value in own.items() if isinstance(value, str)]
-        raise ValueError(f"config.json describes no model: {'; '.join(wrong) or error}.") from None
+        raise ValueError(f"{origin} describes no model: {'; '.join(wrong) or error}.") from None
 
 
 def _first(ids: Any, origin: str) -> int:

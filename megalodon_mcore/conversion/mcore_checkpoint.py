@@ -6,6 +6,7 @@ keeps its parts apart: linear_proj.weight as `_h1` and `_h2`, linear_fc1.weight 
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -78,6 +79,7 @@ def open_mcore(
     )
     architecture = architecture_of(arguments, true_vocab_size, str(place))
     model = OpenModel(
+        place,
         architecture,
         dtype_of(arguments),
         lambda parameter: _fetch(reader, parameter, architecture),
@@ -103,9 +105,9 @@ def checkpoint_folder(folder: Path, iteration: int | None) -> Path:
         raise FileNotFoundError(
             f"{folder} holds no finished checkpoint; give the folder that training had as --save."
         )
-    text = (folder / TRACKER).read_text().strip()
-    if text != "release" and not text.isdigit():
-        raise ValueError(f"{folder / TRACKER} has {text!r}; it takes a number or 'release'.")
+    text = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if text != "release" and not re.fullmatch("[0-9]{1,15}", text):
+        raise ValueError(f"{folder / TRACKER} has {text[:40]!r}; it takes a number or 'release'.")
     return folder / (text if text == "release" else f"iter_{int(text):07d}")
 
 

@@ -91,6 +91,7 @@ def open_megalodon_hf(folder: Path) -> OpenModel:
     if tokenizer is None and isinstance(values.get("eos_token_id"), int):
         tokenizer = Tokenizer(NULL_TOKENIZER, (), values["eos_token_id"])
     return OpenModel(
+        folder,
         architecture,
         dtype if dtype in named else torch.float32,
         lambda parameter: _fetch(tensors, parameter, architecture, values),

@@ -32,6 +32,7 @@ class Tokenizer(NamedTuple):
 class OpenModel:
     """A checkpoint's contents; tensors are read one at a time, when they are asked for."""
 
+    folder: Path
     architecture: Architecture
     dtype: torch.dtype
     """Of all parameters that do not stay float32."""
@@ -52,21 +53,22 @@ class OpenModel:
             ValueError: as fetch, or its shape or type is not the configuration's, or a value is
                 NaN or infinite.
         """
+        what = f"{parameter.hf} in {self.folder}"
         try:
             tensor = self.fetch(parameter)
         except ValueError:
             raise
         except Exception as error:
-            raise ValueError(f"{parameter.hf} cannot be read: {first_line(error)}.") from None
+            raise ValueError(f"{what} cannot be read: {first_line(error)}.") from None
         if tuple(tensor.shape) != parameter.shape:
             raise ValueError(
-                f"{parameter.hf} has shape {list(tensor.shape)}; the configuration makes it "
+                f"{what} has shape {list(tensor.shape)}; the configuration makes it "
                 f"{list(parameter.shape)}."
             )
         if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{parameter.hf} has type {tensor.dtype}; it takes floating point.")
+            raise ValueError(f"{what} has type {tensor.dtype}; it takes floating point.")
         if not _all_finite(tensor):
-            raise ValueError(f"{parameter.hf} has NaN or infinite values.")
+            raise ValueError(f"{what} has NaN or infinite values.")
         return tensor.to(torch.float32 if parameter.float32 else dtype or self.dtype)
 
     def written_dtype(self, parameter: Parameter, dtype: torch.dtype | None) -> torch.dtype:

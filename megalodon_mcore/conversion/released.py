@@ -84,6 +84,7 @@ def open_released(folder: Path) -> OpenModel:
     _check_constants(shards, architecture, folder)
     training = configuration.get(TRAINING)
     return OpenModel(
+        folder,
         architecture,
         DTYPES[dtype],
         lambda parameter: _joined(shards, parameter, folder),

@@ -102,6 +102,15 @@ class TorchDistReader:
         """An object that is no tensor, made of plain types and these classes."""
         return self._load(MetadataIndex(key), safe_globals)
 
+    def read_all(self, safe_globals: list[Any]) -> None:
+        """Reads everything once and keeps nothing.
+
+        Raises:
+            ValueError: a file is missing or damaged, or needs other classes than these.
+        """
+        for index in self.places:
+            self._load(index, safe_globals)
+
     def _tensor(self, key: str, offsets: torch.Size) -> Tensor:
         tensor = self._load(MetadataIndex(key, offsets), [])
         if not isinstance(tensor, Tensor):
@@ -146,7 +155,9 @@ def safe_load(
             f"of it was run. {detail}".rstrip()
         ) from None
     except Exception as error:  # Of any kind: bytes that changed can say anything to the reader.
-        raise ValueError(f"{what} is damaged: {first_line(error)}.") from None
+        # torch goes on to say what may have caused that.
+        said = first_line(error).split(". ")[0]
+        raise ValueError(f"{what} is damaged: {said}.") from None
 
 
 class _ForbiddenError(Exception):

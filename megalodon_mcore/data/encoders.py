@@ -113,6 +113,7 @@ class Encoder:
                 "documents with: name its eos token (eos_token in tokenizer_config.json), or pass "
                 "--no-append-eod"
             )
+        self._name = str(choice.tokenizer_model)
         self._append_eod = append_eod
         self._dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         self._split = splitter
@@ -129,7 +130,13 @@ class Encoder:
         stop = 0
         for sequence in sequences:
             start, stop = stop, stop + len(sequence)
-            ids[start:stop] = sequence
+            try:
+                ids[start:stop] = sequence
+            except OverflowError:
+                raise ValueError(
+                    f"--tokenizer {self._name!r} makes the token {max(sequence)}, although it has "
+                    f"{self.vocab_size}; repair it or choose another"
+                ) from None
         if lengths and self._append_eod:
             ids[stop] = self.eod_id
             lengths[-1] += 1

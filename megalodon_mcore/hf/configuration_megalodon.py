@@ -105,6 +105,12 @@ class MegalodonConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value}; it takes a positive integer.")
+            if value >= 2**31:
+                raise ValueError(f"{name} is {value}; it takes less than 2**31.")
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}; it takes an integer or None.")
         heads = self.num_attention_heads
         for name, factor, why in (("z_dim", 2 * heads, " pairs of"), ("value_dim", heads, "")):
             if getattr(self, name) % factor:

@@ -73,7 +73,7 @@ class MegalodonFeedForward(MegatronModule):
         )
         if self.swiglu:
             apart = [ffn_size // self.split.size] * 2
-            mark_matrices(self.linear_fc1.weight, Matrices(apart, 0, pg_collection.tp, 0))
+            mark_matrices(self.linear_fc1.weight, Matrices(apart, axis=0))
         self.linear_fc2 = submodules.linear_fc2(
             ffn_size,
             hidden_size,

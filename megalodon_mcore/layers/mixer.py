@@ -142,8 +142,7 @@ class MegalodonMixer(MegatronModule):
             tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
-        apart = Matrices(self.proj_columns, 1, pg_collection.tp, 1)
-        mark_matrices(self.linear_proj.weight, apart)
+        mark_matrices(self.linear_proj.weight, Matrices(self.proj_columns, axis=1))
         if split.size > 1:
             self._keep_ranks_in_step()
 
@@ -166,8 +165,7 @@ class MegalodonMixer(MegatronModule):
                 mark_split(parameter, axis=0, counts_here=split.rank_in_head == 0)
                 start_alike(parameter, split.head_group())
             rows = [self.linear_z.weight.shape[0]]
-            shared = Matrices(rows, 0, split.other_heads_group(), 0)
-            mark_matrices(self.linear_z.weight, shared)
+            mark_matrices(self.linear_z.weight, Matrices(rows, 0, split.ranks_per_head))
             for parameter in (*self.linear_z.parameters(), *self.query_key.parameters()):
                 sum_gradient_over(parameter, split.head_group())
 

@@ -61,11 +61,6 @@ class TensorSplit:
         first = self.rank - self.rank_in_head
         return subgroup(tuple(ranks[first : first + self.ranks_per_head]))
 
-    def other_heads_group(self) -> ProcessGroup:
-        """One rank of each head, this one for its own."""
-        ranks = torch.distributed.get_process_group_ranks(self.group)
-        return subgroup(tuple(ranks[self.rank_in_head :: self.ranks_per_head]))
-
     def own_group(self) -> ProcessGroup:
         """This rank alone: the group of a layer that holds a whole weight."""
         return subgroup((torch.distributed.get_rank(),))

@@ -98,6 +98,14 @@ def test_the_tiny_recipe_trains_and_goes_on_over_two_ranks(tmp_path):
     assert max(losses) == 24
     assert losses[21] < 1.5 * losses[20]
 
+    checkpoints = tmp_path / "checkpoints"
+    data = next(checkpoints.glob("iter_0000024/*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    run = launch(*COMMAND, "pretrain-recipe", "tiny", f"checkpoint.load={checkpoints}")
+    assert run.returncode == 2
+    sentence = run.stdout.splitlines()[-1]
+    assert sentence.startswith(f"megalodon-mcore pretrain-recipe: {data} is truncated: ")
+
 
 def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
     model = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=2)

@@ -129,9 +129,9 @@ def run(folder: Path, *arguments: object) -> str:
 
 
 def refusal(command: object, status: int, said: str) -> str:
-    """Other libraries speak before the sentence, which is the last line."""
+    """Other libraries speak before the sentence, which is the last line and names what is wrong."""
     last = said.splitlines()[-1:]
-    sentence = last and last[0].startswith(f"megalodon-mcore {command}: ")
+    sentence = last and last[0].startswith(f"megalodon-mcore {command}: ") and "/given" in last[0]
     is_one = status == 2 and sentence and "Traceback" not in said
     return "refused" if is_one else f"status {status}, said {last}"
 

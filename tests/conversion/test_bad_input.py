@@ -113,7 +113,7 @@ def test_wrong_tensors(good, source, fault, expected, tmp_path, capsys):
 
     change_tensors(given, source, change)
     said = refused(source, "mcore", given, capsys)
-    assert expected in said
+    assert expected in said and str(given) in said
     assert ".wq." in said if fault == "extra" else ".wz." in said
 
 
@@ -134,16 +134,19 @@ def test_wrong_tensors(good, source, fault, expected, tmp_path, capsys):
         ("released", "consolidate_config.json", {"dtype": "fp8"}, "dtype"),
         ("released", "consolidate_config.json", {"dtype": {}}, "has dtype {}"),
         ("hf", "config.json", {"dtype": ["float32"]}, "has dtype ['float32']"),
-        ("hf", "config.json", {"num_hidden_layers": 2**31}, "num_layers is 2147483648"),
+        ("hf", "config.json", {"num_hidden_layers": 10**6}, "num_layers is 1000000"),
         ("hf", "config.json", {"eos_token_id": []}, "has eos_token_id []"),
         ("hf", "config.json", {"hidden_dropout": "0.1"}, "hidden_dropout is 0.1"),
+        ("hf", "config.json", {"attention_dropout": []}, "attention_dropout is []"),
+        ("hf", "config.json", {"vocab_size": 10**30}, "vocab_size is 1000000"),
     ],
 )
 def test_a_configuration_that_lies(good, source, file, values, expected, tmp_path, capsys):
     given = shutil.copytree(good[source], tmp_path / "given")
     path = given / file
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    assert expected in refused(source, "mcore", given, capsys)
+    said = refused(source, "mcore", given, capsys)
+    assert expected in said and str(given) in said
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = {"convert": 200, "from_pretrained": 100, "prepare_data": 150}
+CASES = {"convert": 200, "from_pretrained": 100, "prepare_data": 150, "generate": 8}
 
 
 @pytest.mark.slow

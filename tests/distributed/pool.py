@@ -26,6 +26,8 @@ from torch import distributed as dist
 TESTS = Path(__file__).parents[1]
 WORKERS = 8
 """The most that a task can have. Each has a stand-in device of its own."""
+SECONDS_TO_DIE = 10
+"""From a lost connection to the end of the process that had its other end, on a busy machine."""
 
 
 class Pool:
@@ -103,9 +105,13 @@ class Pool:
                     "are not done."
                 )
             for connection in ready:
-                results[waited_for[connection]] = ranks[waited_for[connection]].result(
-                    waited_for[connection], len(ranks)
-                )
+                rank = waited_for[connection]
+                try:
+                    results[rank] = ranks[rank].result(rank, len(ranks))
+                except RuntimeError:
+                    # It may have lost its connection to a rank that died, and be heard first.
+                    _name_the_dead(ranks)
+                    raise
         return [results[rank] for rank in range(len(ranks))]
 
 
@@ -118,14 +124,24 @@ class _Worker:
         try:
             value, error, trace = pickle.loads(self.connection.recv_bytes())
         except EOFError:
-            self.process.join()
-            raise RuntimeError(
-                f"Rank {rank} of {world_size} died with exit code {self.process.exitcode}."
-            ) from None
+            raise self.death(rank, world_size) from None
         if error is not None:
             error.add_note(f"Rank {rank} of {world_size}:\n{trace}")
             raise error
         return value
+
+    def death(self, rank: int, world_size: int) -> RuntimeError:
+        self.process.join()
+        return RuntimeError(
+            f"Rank {rank} of {world_size} died with exit code {self.process.exitcode}."
+        )
+
+
+def _name_the_dead(ranks: list[_Worker]) -> None:
+    ended = wait([worker.process.sentinel for worker in ranks], SECONDS_TO_DIE)
+    for rank, worker in enumerate(ranks):
+        if worker.process.sentinel in ended:
+            raise worker.death(rank, len(ranks)) from None
 
 
 @contextmanager

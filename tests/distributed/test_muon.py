@@ -1,5 +1,7 @@
 """What Muon orthogonalizes, that it does so matrix by matrix, and alike in every layout."""
 
+import copy
+
 import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers import get_muon_scale_factor
@@ -19,7 +21,7 @@ from distributed.training import (
     train,
 )
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS
-from megalodon_mcore.muon import mark_no_matrix
+from megalodon_mcore.muon import Matrices, mark_no_matrix
 
 MODEL = Model(swiglu=True, optimizer="muon").with_megalodon(rescale_nffn=True)
 LEARNING_RATE = 1e-3
@@ -150,3 +152,23 @@ def test_every_weight_is_updated_as_in_one_process(workers, single, tmp_path, mo
     for key, weight in one.items():
         update = weight - before[key]
         assert (four[key] - weight).norm() < 1e-3 * update.norm(), key
+
+
+def first_layers_weights(model, layout):
+    set_up(layout)
+    (chunk,) = build_chunks(model, layout)
+    layer = unwrap_model(chunk).decoder.layers[0]
+    names = ("mixer.linear_z.weight", *WEIGHTS)
+    return {name: layer.get_parameter(name) for name in names}
+
+
+def test_marked_weights_can_be_pickled_and_copied(workers):
+    """As they are on their way from the workers. (Megatron's modules cannot, which hold groups.)"""
+    model = Model(heads=1, swiglu=True, optimizer="muon")
+    hidden, ffn = model.hidden_size, model.ffn
+    for weights in workers.run(4, first_layers_weights, model, Layout(tp=4)):
+        assert copy.deepcopy([weight.megalodon_matrices for weight in weights.values()]) == [
+            Matrices([hidden // 4], axis=0, ranks_per_part=4),
+            Matrices([hidden // 4, 2 * hidden // 4], axis=1),
+            Matrices([ffn // 4, ffn // 4], axis=0),
+        ]

@@ -2,11 +2,13 @@
 
 import os
 import time
+from multiprocessing import connection
 
 import pytest
 import torch
 from torch import distributed as dist
 
+from distributed import pool
 from distributed.pool import Pool
 
 
@@ -55,14 +57,22 @@ def test_an_exception_comes_with_its_rank_and_traceback(workers):
     assert [rank for rank, _ in workers.run(2, total, 0)] == [0, 1]
 
 
-def test_a_worker_that_dies_is_named(workers):
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_worker_that_dies_is_named(workers, monkeypatch, seconds):
+    """Also by a pool that looks late, when the other rank has failed for its lost connection."""
+
+    def wait(*args):
+        time.sleep(seconds)
+        return connection.wait(*args)
+
+    monkeypatch.setattr(pool, "wait", wait)
     with pytest.raises(RuntimeError, match="Rank 1 of 2 died with exit code 3"):
         workers.run(2, leave, 1)
 
 
 def test_a_hanging_task_ends_in_time():
-    pool = Pool(timeout=2)
+    hasty = Pool(timeout=2)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 are not done"):
-        pool.run(2, hang)
-    assert len(pool.run(2, total, 0)) == 2
-    pool.stop()
+        hasty.run(2, hang)
+    assert len(hasty.run(2, total, 0)) == 2
+    hasty.stop()

@@ -173,6 +173,8 @@ def test_resized_embeddings_keep_their_rows():
     ("field", "value", "message"),
     [
         ("chunk_size", 0, "chunk_size is 0; it takes a positive integer."),
+        ("cema_ndim", 10**30, "cema_ndim is 10*; it takes less than"),
+        ("pad_token_id", [[]], r"pad_token_id is \[\[\]\]; it takes an integer or None."),
         ("z_dim", 6, "z_dim is 6; it takes a multiple of 4"),
         ("value_dim", 5, "value_dim is 5; it takes a multiple of 2"),
         ("norm_num_groups", 3, "norm_num_groups is 3; it takes a divisor of hidden_size"),
