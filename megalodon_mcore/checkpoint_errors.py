@@ -41,7 +41,7 @@ def in_one_sentence(place: Path) -> Iterator[None]:
         raise CheckpointError(_sentence(place, _cause(error))) from error
 
 
-def loading(arguments: Any) -> AbstractContextManager[None]:  # noqa: ANN401
+def loading(arguments: Any) -> AbstractContextManager[None]:
     """The same around what loads the checkpoint that Megatron's or Bridge's arguments name.
 
     Raises:
@@ -71,7 +71,7 @@ def load_in_one_sentence(module: ModuleType, arguments_of: Callable[..., Any]) -
     load = module.load_checkpoint
 
     @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         with loading(arguments_of(*args, **kwargs)):
             return load(*args, **kwargs)
 
