@@ -74,6 +74,8 @@ def run(args: Namespace) -> int:
     sampler = Sampler(args.temperature, args.top_k, args.top_p)
     if args.tokens < 1:
         raise ValueError(f"--tokens is {args.tokens}; it takes a positive integer.")
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"--seed is {args.seed}; it takes an integer of 64 bits.")
     prompt = read_prompt(args)
     with redirect_stdout(sys.stderr):
         loaded = load_model(args.checkpoint, args.iteration, tokenizer=args.tokenizer)
@@ -96,7 +98,12 @@ def run(args: Namespace) -> int:
 
 
 def read_prompt(args: Namespace) -> str:
-    """The prompt from the argument, the file or, when it is piped, standard input."""
+    """The prompt from the argument, the file or, when it is piped, standard input.
+
+    Raises:
+        ValueError: the file is no text.
+        FileNotFoundError: there is none.
+    """
     if args.prompt is not None:
         return args.prompt
     from_standard_input = str(args.prompt_file) == "-" or (
@@ -104,7 +111,14 @@ def read_prompt(args: Namespace) -> str:
     )
     if from_standard_input:
         return sys.stdin.read().removeprefix(BYTE_ORDER_MARK)
-    return args.prompt_file.read_text(encoding="utf-8-sig") if args.prompt_file else ""
+    if not args.prompt_file:
+        return ""
+    try:
+        return args.prompt_file.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(
+            f"--prompt-file is {args.prompt_file}, which cannot be read as text: {error}."
+        ) from None
 
 
 def generate_tokens(

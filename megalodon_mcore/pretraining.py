@@ -6,7 +6,6 @@ it gives Megatron's `pretrain` a batch, a loss and datasets, and adds the `--meg
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -19,6 +18,11 @@ import torch
 from torch import Tensor
 
 from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels
+from megalodon_mcore.argument_values import (
+    check_values,
+    in_one_sentence,
+    read_sequences_per_dataset,
+)
 from megalodon_mcore.config import INIT_MODES, SIZES
 from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
@@ -81,12 +85,15 @@ def run() -> None:
         args = parse_arguments()
         check_optimizer(args)
         check_run(args)
+        with in_one_sentence():
+            model_config = model_config_from_arguments(args)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
-    model_config = model_config_from_arguments(args)
     check_model(model_config)
     keep_tokenizer(args)
     checkpoint_errors.load_in_one_sentence(training, lambda *_, **__: args)
+    if not args.save:
+        training.save_checkpoint_and_time = say_why_training_ends
     datasets_provider.is_distributed = True
     try:
         pretrain(
@@ -98,6 +105,19 @@ def run() -> None:
         )
     except checkpoint_errors.CheckpointError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
+
+
+def say_why_training_ends(iteration: int, *_: Any, **__: Any) -> None:
+    """Stands for saving where there is no --save: Megatron then saves only after a bad loss.
+
+    Raises:
+        SystemExit: always.
+    """
+    raise SystemExit(
+        f"megalodon-mcore pretrain: the loss of iteration {iteration + 1} was no finite number, "
+        "as said above; a lower --lr or --clip-grad may help, and with --save the state would be "
+        "kept."
+    )
 
 
 def keep_tokenizer(args: Namespace) -> None:
@@ -118,7 +138,7 @@ def parse_arguments(
     place of a tokenizer that the checkpoint has lost.
 
     Raises:
-        ValueError: that tokenizer is missing and no other was named.
+        ValueError: that tokenizer is missing and no other was named, or Megatron refuses a value.
     """
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
@@ -141,12 +161,8 @@ def parse_arguments(
         args.spec = [args.spec[0], "spec"]
     if args.dist_ckpt_optim_fully_reshardable is None:
         args.dist_ckpt_optim_fully_reshardable = can_save_fully_reshardable(args)
-    try:
+    with in_one_sentence():
         validate_args(args)
-    except AssertionError as error:
-        if not error.args:
-            raise
-        raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     set_global_variables(args)
     return args
 
@@ -155,7 +171,9 @@ def _prepare_parser(parser: ArgumentParser) -> ArgumentParser:
     """Adds our arguments, and refuses what is given and not honoured before Megatron acts on it."""
     add_megalodon_arguments(parser)
     try:
-        check_arguments(parser.parse_known_args()[0], parser, refusals_of_pretrain())
+        args = parser.parse_known_args()[0]
+        check_arguments(args, parser, refusals_of_pretrain())
+        check_values(args, parser)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     return parser
@@ -342,6 +360,8 @@ def _defaults() -> dict[str, Any]:
         "add_bias_linear": False,
         "transformer_impl": "local",
         "create_attention_mask_in_dataloader": False,
+        # Its kernels turn nothing here, and some are not installed.
+        "apply_rope_fusion": False,
         # Whole matrices, as in one process; Megatron's blockwise gives each layout other updates.
         "muon_tp_mode": "duplicated",
         # Neither; parse_arguments settles it.
@@ -513,7 +533,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=sequences_per_dataset(args.per_dataset_sequences_path),
+        sequences_per_dataset=read_sequences_per_dataset(args.per_dataset_sequences_path),
     )
 
     def is_needed_here() -> bool:
@@ -527,11 +547,6 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         is_needed_here,
         config,
     ).build()
-
-
-def sequences_per_dataset(path: str | None) -> dict[str, int] | None:
-    """How many sequences every dataset has, from the JSON file of --per-dataset-sequences-path."""
-    return json.loads(Path(path).read_text()) if path else None
 
 
 def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Sampler:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0.0:
+        if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature is {self.temperature}; it takes 0 or more.")
         if self.top_k < 0:
             raise ValueError(f"--top-k is {self.top_k}; it takes 0 (all tokens) or more.")
@@ -32,7 +33,10 @@ class Sampler:
         """float32 logits [batch, vocabulary] to int64 tokens [batch]."""
         if self.temperature == 0.0:
             return logits.argmax(dim=-1)
-        logits = logits / self.temperature
+        # The likeliest at 0: next to no temperature overflows.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(
+            self.temperature, torch.finfo(logits.dtype).tiny
+        )
         if 0 < self.top_k < logits.shape[-1]:
             threshold = logits.topk(self.top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < threshold, float("-inf"))

@@ -124,3 +124,26 @@ def test_prompt_comes_from_argument_file_or_standard_input(tmp_path, monkeypatch
     assert read_prompt(Namespace(prompt=None, prompt_file=Path("-"))) == "piped"
     monkeypatch.setattr("sys.stdin", io.StringIO("piped"))
     assert read_prompt(Namespace(prompt=None, prompt_file=None)) == "piped"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("--temperature", "nan"), "--temperature is nan; it takes 0 or more."),
+        (("--temperature", "inf"), "--temperature is inf; it takes 0 or more."),
+        (("--seed", str(2**64)), f"--seed is {2**64}; it takes an integer of 64 bits."),
+        (("--prompt-file", "folder"), "--prompt-file is folder, which cannot be read as text: "),
+        (("--prompt-file", "bytes"), "--prompt-file is bytes, which cannot be read as text: "),
+    ],
+)
+def test_wrong_values_are_refused_before_a_model_is_read(
+    given, sentence, tmp_path, monkeypatch, capsys
+):
+    from megalodon_mcore.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    prompt = () if "--prompt-file" in given else ("--prompt", "text")
+    assert main(["generate", "--checkpoint", "missing", *prompt, *given]) == 2
+    assert capsys.readouterr().err.startswith(f"megalodon-mcore generate: {sentence}")

@@ -91,7 +91,12 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_else():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(3))
     for sampler in (Sampler(0.0), Sampler(0.0, top_k=3), Sampler(0.0, top_p=0.1)):
         assert torch.equal(sampler(logits), logits.argmax(dim=-1))
-    for likeliest in (Sampler(top_k=1), Sampler(top_p=1e-6), Sampler(temperature=1e-4)):
+    for likeliest in (
+        Sampler(top_k=1),
+        Sampler(top_p=1e-6),
+        Sampler(temperature=1e-4),
+        Sampler(1e-320),
+    ):
         assert torch.equal(likeliest(logits), logits.argmax(dim=-1))
 
 

@@ -114,9 +114,31 @@ def _open(argument: str, prefix: str) -> IndexedDataset | None:
             f"{argument} names {prefix}, but {missing[0]} does not exist; give a prefix that "
             "prepare-data printed."
         )
-    dataset = IndexedDataset(prefix)
+    dataset = _read(IndexedDataset, argument, prefix)
     if not _count(dataset, 0, len(dataset)):
         raise ValueError(
             f"{argument} names {prefix}, which holds no tokens; leave it out or prepare it anew."
         )
+    return dataset
+
+
+def _read(kind: type[IndexedDataset], argument: str, prefix: str) -> IndexedDataset:
+    """A dataset whose files are whole."""
+    data = Path(f"{prefix}.bin")
+    try:
+        # Of an empty file Megatron says less; of a damaged index anything.
+        if not data.stat().st_size:
+            raise ValueError(f"{data.name} is empty")
+        dataset = kind(prefix)
+        lengths, pointers = dataset.sequence_lengths, dataset.index.sequence_pointers
+        size = int(np.max(pointers + lengths * np.dtype(dataset.index.dtype).itemsize, initial=0))
+        if data.stat().st_size < size:
+            raise ValueError(
+                f"{data.name} has {data.stat().st_size} bytes, of which the index names {size}"
+            )
+    except Exception as error:
+        raise ValueError(
+            f"{argument} names {prefix}, which cannot be read ({type(error).__name__}: {error}); "
+            "prepare it anew."
+        ) from error
     return dataset

@@ -226,7 +226,7 @@ WRONG = {
     "layers": (
         3,
         ("--pipeline-model-parallel-size", "3"),
-        "Number of layers should be divisible by the pipeline-model-parallel size",
+        "--num-layers is 2, which --pipeline-model-parallel-size 3 does not divide",
     ),
     "length": (
         2,
