@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels
 from megalodon_mcore.config import INIT_MODES, SIZES
-from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 
@@ -79,7 +78,6 @@ def run() -> None:
 
     try:
         args = parse_arguments()
-        check_optimizer(args)
         check_run(args)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
