@@ -7,7 +7,7 @@ lists of numbers, and some weights hold two matrices, or one that ranks share.
 
 from __future__ import annotations
 
-from argparse import Namespace
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamPredicate
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megalodon_mcore.missing_kernels import is_installed
+from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.parallel.subgroups import subgroup
-
-OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,27 @@ def apply() -> None:
 
         for module in (layer_wise_optimizer, megatron_optimizer):
             module.is_managed_by_layer_wise_optimizer = takes_unmarked
+    _check_where_one_is_built()
+
+
+def _check_where_one_is_built() -> None:
+    """Refuses Muon's relatives where no spec sees the optimizer's arguments, as with Bridge."""
+    name = "_get_megatron_emerging_optimizer"
+    build = getattr(megatron_optimizer, name)
+
+    @functools.wraps(build)
+    def build_checked(
+        config: OptimizerConfig,
+        model_chunks: list[torch.nn.Module],
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> MegatronOptimizer:
+        parameters = (p for chunk in model_chunks for p in chunk.parameters())
+        if any(hasattr(parameter, "megalodon_matrices") for parameter in parameters):
+            check_optimizer(config)
+        return build(config, model_chunks, *args, **kwargs)
+
+    setattr(megatron_optimizer, name, build_checked)
 
 
 class Muon(emerging_optimizers.TensorParallelMuon):
@@ -115,24 +135,3 @@ class Muon(emerging_optimizers.TensorParallelMuon):
             return group
         ranks = torch.distributed.get_process_group_ranks(group)
         return subgroup(tuple(ranks[group.rank() % each :: each]))
-
-
-def check_optimizer(arguments: Namespace | None) -> None:
-    """Checks that --optimizer is one that treats Megalodon's parameters right.
-
-    Raises:
-        ValueError: it is not, or its package is missing.
-    """
-    name = getattr(arguments, "optimizer", None)
-    if name is None:
-        return
-    if name not in OPTIMIZERS:
-        raise ValueError(
-            f"--optimizer is {name}, which takes CEMA's vectors and weights of two matrices for "
-            f"one matrix each; take {', '.join(OPTIMIZERS[:-2])} or {OPTIMIZERS[-2]}."
-        )
-    if name not in ("adam", "sgd") and not is_installed("emerging_optimizers"):
-        raise ValueError(
-            f"--optimizer is {name}, which is in the package emerging-optimizers; install its "
-            "version 0.3.0 or take adam."
-        )

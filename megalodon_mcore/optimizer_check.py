@@ -1,30 +1,44 @@
-"""What Megatron's optimizers on the CPU or in low precision need, before anything is built."""
+"""Which of Megatron's optimizers treat Megalodon's parameters right, and what each needs."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+from typing import Any
 
-import torch
+from megalodon_mcore.gpu_arguments import count_gpus
+from megalodon_mcore.missing_kernels import is_installed
 
-from megalodon_mcore import missing_kernels
+OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
 
 
-def check_optimizer(args: Namespace) -> None:
-    """Checks that --optimizer-cpu-offload and --use-precision-aware-optimizer can be had.
+def check_optimizer(arguments: Any) -> None:  # noqa: ANN401
+    """Checks the optimizer that is asked for.
+
+    Args:
+        arguments: Megatron's, or an OptimizerConfig; what it lacks, or None, asks for nothing.
 
     Raises:
-        ValueError: with what is missing, in a sentence.
+        ValueError: it would do something else, or what it needs is missing; in a sentence.
     """
-    if args.optimizer_cpu_offload:
-        # Not torch.cuda, for which the CPU may stand in.
-        if not getattr(torch._C, "_cuda_getDeviceCount", int)():
+    name = getattr(arguments, "optimizer", None)
+    if name is not None and name not in OPTIMIZERS:
+        raise ValueError(
+            f"--optimizer is {name}, which takes CEMA's vectors and weights of two matrices for "
+            f"one matrix each; take {', '.join(OPTIMIZERS[:-2])} or {OPTIMIZERS[-2]}."
+        )
+    if name not in (None, "adam", "sgd") and not is_installed("emerging_optimizers"):
+        raise ValueError(
+            f"--optimizer is {name}, which is in the package emerging-optimizers; install its "
+            "version 0.3.0 or take adam."
+        )
+    if getattr(arguments, "optimizer_cpu_offload", False):
+        if not count_gpus():
             raise ValueError(
                 "--optimizer-cpu-offload is set, which moves the optimizer's state off a GPU, and "
                 "there is none; leave it and --use-precision-aware-optimizer out."
             )
         return
-    has_te = missing_kernels.is_installed("transformer_engine")
-    if args.use_precision_aware_optimizer and not has_te:
+    is_precision_aware = getattr(arguments, "use_precision_aware_optimizer", False)
+    if is_precision_aware and not is_installed("transformer_engine"):
         raise ValueError(
             "--use-precision-aware-optimizer is set, which is Transformer Engine's optimizer, "
             "and that is not installed; leave it out."

@@ -24,7 +24,6 @@ from megalodon_mcore.argument_values import (
     read_sequences_per_dataset,
 )
 from megalodon_mcore.config import INIT_MODES, SIZES
-from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 
@@ -83,7 +82,6 @@ def run() -> None:
 
     try:
         args = parse_arguments()
-        check_optimizer(args)
         check_run(args)
         with in_one_sentence():
             model_config = model_config_from_arguments(args)

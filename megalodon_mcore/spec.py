@@ -39,6 +39,7 @@ from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
 from megalodon_mcore.layers.emulated_fp8 import with_emulated_fp8
 from megalodon_mcore.layers.initialization import embedding_initializer
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS, MegalodonLayerSubmodules
+from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_megatron_arguments
 from megalodon_mcore.validation import (
     check_fp8_sizes,
@@ -132,7 +133,7 @@ class MegalodonSpec:
         check_supported(config, position_embedding_type)
         self.layer_submodules(config)
         megalodon = self.resolve(config)
-        muon.check_optimizer(arguments)
+        check_optimizer(arguments)
         sequence_order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
         seq_length = getattr(arguments, "seq_length", None)
         check_layout(config, megalodon, sequence_order, seq_length)

@@ -14,6 +14,7 @@ from megatron.bridge.training.utils.omegaconf_utils import process_config_with_o
 
 from megalodon_mcore.bridge.recipes import RECIPES, finetune_config
 from megalodon_mcore.checkpoint_errors import load_in_one_sentence
+from megalodon_mcore.optimizer_check import check_optimizer
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -29,6 +30,7 @@ def run(command: str, argv: list[str]) -> int:
     if finetunes:
         cfg = finetune_config(cfg, args.pretrained, args.data)
     cfg = process_config_with_overrides(cfg, args.config, args.overrides)
+    check_optimizer(cfg.optimizer)
     if args.dry_run:
         cfg.model.finalize()
         print(describe(args.recipe, cfg))

@@ -128,9 +128,25 @@ def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
     assert losses[8] < 0.8 * losses[1]
 
 
-def test_a_wrong_value_is_named_before_training(tmp_path):
-    run = launch(
-        *(*COMMAND, "pretrain-recipe", "tiny", "--dry-run", "model.megalodon_z_dim=17"),
-    )
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "model.megalodon_z_dim=17",
+            "z_dim is 17, which the 2 heads (--num-attention-heads) do not",
+        ),
+        ("optimizer.optimizer=soap", "--optimizer is soap, which takes CEMA's vectors"),
+    ],
+)
+def test_a_wrong_value_is_named_before_training(override, sentence):
+    run = launch(*COMMAND, "pretrain-recipe", "tiny", "--dry-run", override)
     assert run.returncode == 2
-    assert "z_dim is 17, which the 2 heads (--num-attention-heads) do not divide" in run.stdout
+    assert sentence in run.stdout
+
+
+def test_bridges_own_loop_refuses_an_optimizer_that_mistakes_parameters_for_matrices():
+    run = launch(str(Path(__file__).parent / "unfit_optimizer.py"))
+    assert run.returncode == 0, run.stdout[-6000:]
+    assert run.stdout.splitlines()[-1].startswith(
+        "--optimizer is adaptive_muon, which takes CEMA's"
+    )

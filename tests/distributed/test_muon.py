@@ -66,6 +66,12 @@ def test_the_layer_wise_optimizer_takes_the_same():
         assert not module.is_managed_by_layer_wise_optimizer(marked)
 
 
+@pytest.mark.parametrize("optimizer", ["soap", "adaptive_muon"])
+def test_its_relatives_are_refused_where_one_is_built(workers, optimizer):
+    with pytest.raises(ValueError, match=f"^--optimizer is {optimizer}, which takes CEMA's"):
+        workers.run(1, build, Model(optimizer=optimizer))
+
+
 WEIGHTS = ("mixer.linear_proj.weight", "feed_forward.linear_fc1.weight")
 
 

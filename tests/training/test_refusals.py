@@ -8,8 +8,9 @@ from megatron.core.activations import squared_relu
 from torch.nn import functional as F
 
 from building import transformer_config
-from megalodon_mcore import muon
+from megalodon_mcore import optimizer_check
 from megalodon_mcore.config import SIZES, MegalodonConfig
+from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.spec import MegalodonSpec
 from megalodon_mcore.validation import (
     FP8_MULTIPLES,
@@ -151,16 +152,31 @@ def test_every_named_size_fits_every_recipe():
 @pytest.mark.parametrize("name", ["soap", "adaptive_muon"])
 def test_an_optimizer_that_mistakes_parameters_for_matrices_is_refused(name):
     for known in ("adam", "sgd", "lion", "muon"):
-        muon.check_optimizer(Namespace(optimizer=known))
+        check_optimizer(Namespace(optimizer=known))
     with pytest.raises(ValueError, match=f"--optimizer is {name}, .* take adam, sgd, lion or muon"):
-        muon.check_optimizer(Namespace(optimizer=name))
+        check_optimizer(Namespace(optimizer=name))
 
 
 def test_an_optimizer_whose_package_is_missing_is_refused(monkeypatch):
-    monkeypatch.setattr(muon, "is_installed", lambda module: False)
-    muon.check_optimizer(Namespace(optimizer="adam"))
+    monkeypatch.setattr(optimizer_check, "is_installed", lambda module: False)
+    check_optimizer(Namespace(optimizer="adam"))
     with pytest.raises(ValueError, match="--optimizer is muon, .* emerging-optimizers; install"):
-        muon.check_optimizer(Namespace(optimizer="muon"))
+        check_optimizer(Namespace(optimizer="muon"))
+
+
+def test_an_optimizer_that_needs_what_is_missing_is_refused(monkeypatch):
+    offload = Namespace(optimizer="adam", optimizer_cpu_offload=True)
+    precision_aware = Namespace(optimizer="adam", use_precision_aware_optimizer=True)
+    monkeypatch.setattr(optimizer_check, "is_installed", lambda module: False)
+    monkeypatch.setattr(optimizer_check, "count_gpus", lambda: 0)
+    with pytest.raises(ValueError, match="--optimizer-cpu-offload is set, .* there is none; leave"):
+        check_optimizer(offload)
+    with pytest.raises(ValueError, match="--use-precision-aware-optimizer is set, .*; leave it"):
+        check_optimizer(precision_aware)
+    monkeypatch.setattr(optimizer_check, "is_installed", lambda module: True)
+    monkeypatch.setattr(optimizer_check, "count_gpus", lambda: 1)
+    check_optimizer(offload)
+    check_optimizer(precision_aware)
 
 
 def test_unknown_recompute_module_is_refused():
