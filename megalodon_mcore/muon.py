@@ -85,8 +85,8 @@ def _check_where_one_is_built() -> None:
     def build_checked(
         config: OptimizerConfig,
         model_chunks: list[torch.nn.Module],
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> MegatronOptimizer:
         parameters = (p for chunk in model_chunks for p in chunk.parameters())
         if any(hasattr(parameter, "megalodon_matrices") for parameter in parameters):

@@ -10,7 +10,7 @@ from megalodon_mcore.missing_kernels import is_installed
 OPTIMIZERS = ("adam", "sgd", "lion", "muon", "dist_muon")
 
 
-def check_optimizer(arguments: Any) -> None:  # noqa: ANN401
+def check_optimizer(arguments: Any) -> None:
     """Checks the optimizer that is asked for.
 
     Args:

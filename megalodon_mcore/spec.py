@@ -216,11 +216,16 @@ def values_in_arguments(arguments: Namespace) -> dict[str, Any]:
 
 def values_in_checkpoint(arguments: Namespace) -> dict[str, Any]:
     """The Megalodon values that the checkpoint under --load was trained with, if there is one."""
+    trained = _arguments_in_checkpoint(arguments)
+    return values_in_arguments(trained) if trained else {}
+
+
+def _arguments_in_checkpoint(arguments: Namespace) -> Namespace | None:
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     with checkpoint_errors.loading(arguments):
         loaded = load_args_from_checkpoint(copy.copy(arguments))
-    return values_in_arguments(loaded[1]) if isinstance(loaded, tuple) else {}
+    return loaded[1] if isinstance(loaded, tuple) else None
 
 
 def _say_what_the_checkpoint_had(arguments: Namespace, resolved: ResolvedMegalodonConfig) -> None:
@@ -238,12 +243,23 @@ def _differences(folder: str, resolved: ResolvedMegalodonConfig) -> list[str]:
     arguments = _megatron_arguments()
     if not (Path(folder) / "latest_checkpointed_iteration.txt").is_file():
         return []
-    return [
+    trained = _arguments_in_checkpoint(arguments) or Namespace()
+    lines = [
         f"--megalodon-{name.replace('_', '-')} is {getattr(resolved, name)}; the checkpoint in "
         f"--load {folder} was trained with {value}."
-        for name, value in values_in_checkpoint(arguments).items()
+        for name, value in values_in_arguments(trained).items()
         if getattr(resolved, name) != value
     ]
+    padded, before = (getattr(z, "padded_vocab_size", None) for z in (arguments, trained))
+    if padded and before and padded != before:
+        tp = arguments.tensor_model_parallel_size
+        remedy = f" with --make-vocab-size-divisible-by {before // tp} they do not"
+        lines.append(
+            f"The vocabulary is padded to {padded} tokens; the checkpoint in --load {folder} had "
+            f"{before}. Losses differ by the new ones' share in the softmax"
+            + (f";{remedy}." if before % tp == 0 else ".")
+        )
+    return lines
 
 
 def _megatron_arguments() -> Namespace | None:

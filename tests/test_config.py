@@ -235,6 +235,26 @@ def test_a_checkpoints_value_that_another_overrides_is_said(
     ]
 
 
+def test_another_padding_of_the_vocabulary_is_said(arguments, monkeypatch, tmp_path, caplog):
+    """Losses are those of more or fewer tokens, as with another number of tensor-parallel ranks."""
+    from megatron.training import checkpointing
+
+    stored = Namespace(padded_vocab_size=128)
+    monkeypatch.setattr(checkpointing, "load_args_from_checkpoint", lambda given: (given, stored))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    arguments.load, arguments.tensor_model_parallel_size = str(tmp_path), 2
+    for padded in (128, 256):
+        arguments.padded_vocab_size = padded
+        arguments.load += "/"
+        with caplog.at_level(logging.WARNING, logger="megalodon_mcore.spec"):
+            MegalodonSpec().resolve(transformer_config())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The vocabulary is padded to 256 tokens; the checkpoint in --load {arguments.load} had "
+        "128. Losses differ by the new ones' share in the softmax; with "
+        "--make-vocab-size-divisible-by 64 they do not."
+    ]
+
+
 def test_missing_checkpoint_changes_nothing(arguments, monkeypatch):
     from megatron.training import checkpointing
 

@@ -26,6 +26,12 @@ from megalodon_mcore.conversion.tokenizers import open_tokenizer, tokenizer_voca
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+OPTIONS_OF_TARGETS = {
+    "--max-shard-size": "hf",
+    "--model-parallel-size": "released",
+    "--make-vocab-size-divisible-by": "mcore",
+}
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds this command's arguments."""
@@ -50,19 +56,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="Replace OUT, if it is a checkpoint."
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", help="Largest file of a Hugging Face folder (5GB)."
-    )
+    parser.add_argument("--max-shard-size", help="Largest file of a Hugging Face folder (5GB).")
     parser.add_argument(
         "--model-parallel-size",
         type=int,
-        default=1,
         help="Ranks that a released checkpoint is cut for (1).",
     )
     parser.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
-        default=128,
         help="Pads the vocabulary of a Megatron checkpoint, as Megatron's argument does (128).",
     )
     parser.add_argument("--iteration", type=int, help="Which Megatron checkpoint; the last one.")
@@ -82,7 +84,13 @@ def run(args: Namespace) -> int:
         FileNotFoundError: a file of IN is missing.
         ValueError: an argument is out of range, IN is damaged, or the disk is full.
     """
-    max_shard_size = parse_size(args.max_shard_size)
+    for option, target in OPTIONS_OF_TARGETS.items():
+        value = getattr(args, option.removeprefix("--").replace("-", "_"))
+        if value is not None and args.target != target:
+            raise ValueError(
+                f"{option} is {value}, which goes with --to {target} alone; leave it out."
+            )
+    max_shard_size = parse_size(args.max_shard_size or "5GB")
     if not args.input.is_dir():
         raise FileNotFoundError(f"{args.input} is no folder.")
     try:
@@ -99,10 +107,10 @@ def run(args: Namespace) -> int:
                 "mcore": partial(
                     write_mcore,
                     final_folder=args.output,
-                    divisible_by=args.make_vocab_size_divisible_by,
+                    divisible_by=_given(args.make_vocab_size_divisible_by, 128),
                 ),
                 "hf": partial(write_hf, max_shard_size=max_shard_size),
-                "released": partial(write_released, ranks=args.model_parallel_size),
+                "released": partial(write_released, ranks=_given(args.model_parallel_size, 1)),
             }[args.target]
             with _progress() as progress:
                 write(model, folder, dtype, progress=progress)
@@ -116,6 +124,10 @@ def run(args: Namespace) -> int:
         print(f"Note: {PORT_DIFFERS}", file=sys.stderr)
     print(f"Wrote {args.output}", file=sys.stderr)
     return 0
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def open_model(args: Namespace) -> OpenModel:

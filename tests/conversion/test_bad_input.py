@@ -292,6 +292,11 @@ def test_another_format_of_megatrons_is_named(tmp_path, rank, capsys):
         (("--max-shard-size", "0"), "--max-shard-size"),
         (("--vocab-size", "10"), "--vocab-size"),
         (("--tokenizer", "nowhere"), "nowhere"),
+        (("--model-parallel-size", "4"), "--model-parallel-size is 4, which goes with --to rel"),
+        (
+            ("--make-vocab-size-divisible-by", "7"),
+            "--make-vocab-size-divisible-by is 7, which goes with --to mcore alone",
+        ),
     ],
 )
 def test_wrong_arguments(good, options, expected, tmp_path, capsys):
