@@ -207,6 +207,11 @@ def _check_load(args: Namespace) -> None:
                 raise ValueError(
                     f"--ckpt-step is {step}, but {folder} has these iterations: {steps}."
                 )
+        if args.optimizer == "sgd" and not (args.no_load_optim or args.finetune):
+            raise ValueError(
+                "--optimizer is sgd, whose state Megatron saves and cannot load; add "
+                "--no-load-optim, which starts it anew."
+            )
         return
     if not args.save or folder.absolute() != Path(args.save).absolute():
         raise ValueError(

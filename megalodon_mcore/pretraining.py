@@ -189,10 +189,18 @@ def check_run(args: Namespace) -> None:
     Raises:
         ValueError: one sentence names the argument, its value and what would work.
     """
+    from megatron.training import get_tokenizer
+
     from megalodon_mcore import evaluation
     from megalodon_mcore.gpu_arguments import check_gpu_arguments
 
     check_gpu_arguments(args)
+    tokens = get_tokenizer().vocab_size
+    if args.padded_vocab_size < tokens:
+        raise ValueError(
+            f"--padded-vocab-size is {args.padded_vocab_size}, but the tokenizer has {tokens} "
+            "tokens; leave it out."
+        )
     evaluation.prepare(args)
 
 

@@ -101,6 +101,12 @@ def test_load_needs_a_checkpoint(what, tmp_path, monkeypatch):
     assert f"--load is {tmp_path / what}, which holds no checkpoint" in message
 
 
+def test_sgd_cannot_be_resumed(tmp_path, monkeypatch):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    message = refusal(("--load", tmp_path, "--optimizer", "sgd"), monkeypatch)
+    assert "--optimizer is sgd" in message and "--no-load-optim" in message
+
+
 def test_a_step_that_was_not_saved_is_refused_with_those_that_were(tmp_path, monkeypatch):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     for step in (2, 4):
