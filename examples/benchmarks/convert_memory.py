@@ -119,7 +119,7 @@ def random_checkpoint(folder: Path, shape: Architecture, dtype: torch.dtype) -> 
         return torch.empty(parameter.shape, dtype=kind).uniform_(-1, 1)
 
     folder.mkdir()
-    write_mcore(OpenModel(shape, dtype, draw), folder, dtype, folder, 128, iter)
+    write_mcore(OpenModel(folder, shape, dtype, draw), folder, dtype, folder, 128, iter)
     return folder
 
 

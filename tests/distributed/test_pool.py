@@ -74,5 +74,7 @@ def test_a_hanging_task_ends_in_time():
     hasty = Pool(timeout=2)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 are not done"):
         hasty.run(2, hang)
+    # Others take their places, which a busy machine does not start in 2 s.
+    hasty.timeout = 60
     assert len(hasty.run(2, total, 0)) == 2
     hasty.stop()
