@@ -32,7 +32,7 @@ AT_LEAST_ONE = frozenset(
 )
 AT_LEAST_ZERO = frozenset(
     """
-    train_iters eval_iters num_workers seed lr min_lr lr_warmup_iters lr_warmup_samples
+    train_iters num_workers seed lr min_lr lr_warmup_iters lr_warmup_samples
     lr_warmup_init weight_decay start_weight_decay end_weight_decay clip_grad sgd_momentum
     muon_momentum decoupled_lr decoupled_min_lr mid_level_dataset_surplus
     """.split()
