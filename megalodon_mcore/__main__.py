@@ -44,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 def _build_parser() -> tuple[ArgumentParser, dict]:
     from megalodon_mcore import describe, generate
     from megalodon_mcore.conversion import command as convert
-    from megalodon_mcore.data import prepare
+    from megalodon_mcore.data import prepare_command
 
     parser = ArgumentParser(prog="megalodon-mcore", description=DESCRIPTION)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {
-        "prepare-data": (prepare, "Turn text or JSONL into Megatron's indexed datasets."),
+        "prepare-data": (prepare_command, "Turn text or JSONL into Megatron's indexed datasets."),
         "generate": (generate, "Continue a prompt from a checkpoint, printing as it goes."),
         "convert": (convert, "Turn a checkpoint into another format, or one from elsewhere."),
         "describe": (describe, "Print a named size: configuration, parameters, bytes."),

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalodon_mcore.checkpoint_errors import CheckpointError
+from megalodon_mcore.config import ARGUMENT_PREFIX, KINDS, OWN
 from megalodon_mcore.conversion.mcore_checkpoint import TRACKER
 
 AT_LEAST_ONE = frozenset(
@@ -26,10 +27,9 @@ AT_LEAST_ONE = frozenset(
     num_virtual_stages_per_pipeline_rank recompute_num_layers save_interval save_retain_interval
     non_persistent_save_interval exit_interval exit_duration_in_mins lr_decay_iters
     lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples train_samples muon_num_ns_steps
-    num_dataset_builder_threads manual_gc_interval megalodon_num_heads megalodon_chunk_size
-    megalodon_z_dim megalodon_value_dim megalodon_cema_ndim megalodon_norm_num_groups
+    num_dataset_builder_threads manual_gc_interval
     """.split()
-)
+) | {ARGUMENT_PREFIX + name for name in OWN if KINDS[name] == "int"}
 AT_LEAST_ZERO = frozenset(
     """
     train_iters num_workers seed lr min_lr lr_warmup_iters lr_warmup_samples
@@ -45,10 +45,9 @@ ABOVE_ZERO = frozenset(
 )
 BELOW_ONE = frozenset(
     """
-    hidden_dropout attention_dropout megalodon_hidden_dropout adam_beta1 adam_beta2 lion_beta1
-    lion_beta2
+    hidden_dropout attention_dropout adam_beta1 adam_beta2 lion_beta1 lion_beta2
     """.split()
-)
+) | {ARGUMENT_PREFIX + name for name in OWN if KINDS[name] == "float"}
 """At least 0 as well."""
 
 WITHOUT = {

@@ -23,9 +23,10 @@ from megalodon_mcore.argument_values import (
     in_one_sentence,
     read_sequences_per_dataset,
 )
-from megalodon_mcore.config import INIT_MODES, SIZES
+from megalodon_mcore.config import ARGUMENT_PREFIX, FIELDS, KINDS, OWN
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
+from megalodon_mcore.sizes import SIZES, megatron_arguments
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -263,46 +264,15 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Named size: sets the defaults of the Megatron arguments (layers, widths, heads, "
         "SwiGLU, RoPE base, tied embeddings) and of those below.",
     )
-    group.add_argument(
-        "--megalodon-num-heads",
-        type=int,
-        help="Attention heads (--num-attention-heads, which Megatron wants to be a multiple of "
-        "--tensor-model-parallel-size).",
-    )
-    group.add_argument(
-        "--megalodon-chunk-size", type=int, help="Positions an attention chunk spans (2048)."
-    )
-    group.add_argument(
-        "--megalodon-z-dim", type=int, help="Width queries and keys come from (hidden size / 4)."
-    )
-    group.add_argument(
-        "--megalodon-value-dim", type=int, help="Width of values and gate (2 x hidden size)."
-    )
-    group.add_argument("--megalodon-cema-ndim", type=int, help="EMA dimensions per channel (16).")
-    group.add_argument(
-        "--megalodon-norm-num-groups",
-        type=int,
-        help="Groups of TimestepNorm (hidden size / 32, at most 64).",
-    )
-    group.add_argument(
-        "--megalodon-rescale-nffn",
-        action=BooleanOptionalAction,
-        help="Scale the FFN's output by a learned vector starting at 0.1 * 0.5^layer.",
-    )
-    group.add_argument(
-        "--megalodon-scale-embedding",
-        action=BooleanOptionalAction,
-        help="Multiply the embedding by sqrt(hidden size).",
-    )
-    group.add_argument(
-        "--megalodon-hidden-dropout",
-        type=float,
-        help="Dropout on the mixer's and FFN's hidden activations (0). Megatron's "
-        "--hidden-dropout is the one on the embedding and on residual updates.",
-    )
-    group.add_argument(
-        "--megalodon-init-mode", choices=INIT_MODES, help="How projections start (he)."
-    )
+    for name in OWN:
+        option = "--" + (ARGUMENT_PREFIX + name).replace("_", "-")
+        about = {"help": FIELDS[name].metadata["help"]}
+        if KINDS[name] == "bool":
+            group.add_argument(option, action=BooleanOptionalAction, **about)
+        else:
+            kind = {"int": int, "float": float, "str": str}[KINDS[name]]
+            choices = FIELDS[name].metadata["choices"]
+            group.add_argument(option, type=kind, choices=choices, **about)
     group.add_argument(
         "--megalodon-sequence-order",
         choices=SEQUENCE_ORDERS,
@@ -378,7 +348,7 @@ def _defaults() -> dict[str, Any]:
     if not missing_kernels.is_installed("apex"):
         defaults |= {"no_persist_layer_norm": True, "masked_softmax_fusion": False}
     if size:
-        defaults |= SIZES[size].megatron_arguments()
+        defaults |= megatron_arguments(SIZES[size])
     return defaults
 
 

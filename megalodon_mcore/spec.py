@@ -27,13 +27,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalodon_mcore import checkpoint_errors, megatron_fixes, muon, throughput
-from megalodon_mcore.config import (
-    SIZES,
-    MegalodonConfig,
-    MegalodonSize,
-    ResolvedMegalodonConfig,
-    config_from_environment,
-)
+from megalodon_mcore.config import ARGUMENT_PREFIX, MegalodonConfig
+from megalodon_mcore.config_sources import settle, values_in_arguments
 from megalodon_mcore.layers.apex_norm import ApexLayerNorm, has_apex_norm
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
 from megalodon_mcore.layers.emulated_fp8 import with_emulated_fp8
@@ -41,6 +36,8 @@ from megalodon_mcore.layers.initialization import embedding_initializer
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS, MegalodonLayerSubmodules
 from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_megatron_arguments
+from megalodon_mcore.parallel.sequence_layout import ORDER_OF_MEGATRON, SEQUENCE_ORDERS
+from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.validation import (
     check_fp8_sizes,
     check_layout,
@@ -50,9 +47,6 @@ from megalodon_mcore.validation import (
 
 logger = logging.getLogger(__name__)
 
-ARGUMENT_PREFIX = "megalodon_"
-"""Megalodon's values live in Megatron's arguments, and so in its checkpoints, behind this."""
-
 
 @dataclass(frozen=True)
 class MegalodonSpec:
@@ -60,15 +54,17 @@ class MegalodonSpec:
 
     Args:
         size: gives the defaults.
-        sequence_order: how context parallelism cuts a sequence, contiguous or zigzag. Zigzag is
-            what Megatron's get_batch does; an argument --megalodon-sequence-order comes first.
+        settled: the model that a caller has found from all sources of values, in their stead.
+        sequence_order: how context parallelism cuts a sequence, contiguous or zigzag; an argument
+            --megalodon-sequence-order comes first. Without both it is what Megatron's scripts do.
         emulated_fp8: the recipe by which linear layers emulate FP8, or None; an argument
             --megalodon-emulated-fp8 comes first.
         emulated_fp8_layers: which of them; --megalodon-emulated-fp8-layers comes first.
     """
 
-    size: MegalodonSize | None = None
-    sequence_order: str = "zigzag"
+    size: MegalodonConfig | None = None
+    settled: MegalodonConfig | None = None
+    sequence_order: str | None = None
     emulated_fp8: str | None = None
     emulated_fp8_layers: tuple[str, ...] = LINEAR_LAYERS
 
@@ -98,14 +94,13 @@ class MegalodonSpec:
         Raises:
             ValueError: the configuration asks for what Megalodon cannot do, or values do not fit.
         """
-        megalodon, sequence_order = self.check(config, position_embedding_type)
+        megalodon, sequence_order = self.check(config, position_embedding_type, rotary_base)
         config.init_method = embedding_initializer(config.hidden_size)
         config.embedding_init_method = config.init_method
         layer = ModuleSpec(
             module=MegalodonLayer,
             params={
                 "megalodon": megalodon,
-                "rotary_base": rotary_base,
                 "sequence_order": sequence_order,
             },
             submodules=self.layer_submodules(config),
@@ -120,9 +115,12 @@ class MegalodonSpec:
         )
 
     def check(
-        self, config: TransformerConfig, position_embedding_type: str
-    ) -> tuple[ResolvedMegalodonConfig, str]:
-        """Megalodon's values and the order of sequences, once all is found to fit together.
+        self,
+        config: TransformerConfig,
+        position_embedding_type: str,
+        rotary_base: float = 10_000,
+    ) -> tuple[MegalodonConfig, str]:
+        """The model's values and the order of sequences, once all is found to fit together.
 
         Raises:
             ValueError: as block_submodules.
@@ -132,15 +130,26 @@ class MegalodonSpec:
             check_megatron_arguments(arguments)
         check_supported(config, position_embedding_type)
         self.layer_submodules(config)
-        megalodon = self.resolve(config)
+        megalodon = self.resolve(config, rotary_base)
         check_optimizer(arguments)
-        sequence_order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
+        sequence_order = self._sequence_order(config)
         seq_length = getattr(arguments, "seq_length", None)
         check_layout(config, megalodon, sequence_order, seq_length)
         if config.fp8:
             micro_batch_size = getattr(arguments, "micro_batch_size", None)
             check_fp8_sizes(config, megalodon, seq_length, micro_batch_size)
         return megalodon, sequence_order
+
+    def _sequence_order(self, config: TransformerConfig) -> str:
+        arguments = _megatron_arguments()
+        order = getattr(arguments, "megalodon_sequence_order", None) or self.sequence_order
+        if order is None and arguments is None and config.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size is {config.context_parallel_size}, but nothing says how "
+                "the caller cuts its sequences; take MegalodonSpec(sequence_order=...), "
+                f"{' or '.join(SEQUENCE_ORDERS)}."
+            )
+        return order or ORDER_OF_MEGATRON
 
     def layer_submodules(self, config: TransformerConfig) -> MegalodonLayerSubmodules:
         """The classes that --transformer-impl and --megalodon-emulated-fp8 choose.
@@ -172,23 +181,35 @@ class MegalodonSpec:
             submodules = dataclasses.replace(submodules, feed_forward_norm=norm)
         return submodules if recipe is None else with_emulated_fp8(submodules, recipe, layers)
 
-    def resolve(self, config: TransformerConfig) -> ResolvedMegalodonConfig:
-        """Megalodon's values: Megatron's arguments, then the environment, then a checkpoint's
-        arguments where those are asked for, then the named size.
+    def resolve(self, config: TransformerConfig, rotary_base: float = 10_000) -> MegalodonConfig:
+        """The model's values: Megatron's, and our own as `settle` finds them.
 
         What comes out is written back to Megatron's arguments, so that checkpoints keep it.
         """
         self._warn_of_differences(config)
-        values = self.size.megalodon if self.size else MegalodonConfig()
         arguments = _megatron_arguments()
-        if arguments is not None and getattr(arguments, "use_checkpoint_args", False):
-            values = values.override(values_in_checkpoint(arguments))
-        values = values.override(config_from_environment())
+        if self.settled is not None:
+            own = self.settled.own_values()
+        else:
+            given, checkpoint = {}, None
+            if arguments is not None:
+                given = values_in_arguments(arguments)
+                if getattr(arguments, "use_checkpoint_args", False):
+                    checkpoint = values_in_checkpoint(arguments)
+            own = settle(given, checkpoint, self.size)
+        resolved = MegalodonConfig(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            rotary_base=rotary_base,
+            norm_eps=config.layernorm_epsilon,
+            swiglu=config.gated_linear_unit,
+            dropout=config.hidden_dropout,
+            attention_dropout=config.attention_dropout,
+            **{"num_heads": config.num_attention_heads} | own,
+        )
         if arguments is not None:
-            values = values.override(values_in_arguments(arguments))
-        resolved = values.resolve(config.hidden_size, config.num_attention_heads)
-        if arguments is not None:
-            for name, value in dataclasses.asdict(resolved).items():
+            for name, value in resolved.own_values().items():
                 setattr(arguments, ARGUMENT_PREFIX + name, value)
             _say_what_the_checkpoint_had(arguments, resolved)
             throughput.count_own_flops()
@@ -198,20 +219,12 @@ class MegalodonSpec:
         if self.size is None:
             return
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size"):
-            wanted, given = getattr(self.size, name), getattr(config, name)
+            wanted = getattr(self.size, name.replace("attention_", ""))
+            given = getattr(config, name)
             if wanted != given:
                 logger.warning(
                     "--%s is %s; the named size has %s.", name.replace("_", "-"), given, wanted
                 )
-
-
-def values_in_arguments(arguments: Namespace) -> dict[str, Any]:
-    """The Megalodon values that a namespace of Megatron arguments holds."""
-    values = {
-        field.name: getattr(arguments, ARGUMENT_PREFIX + field.name, None)
-        for field in dataclasses.fields(MegalodonConfig)
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def values_in_checkpoint(arguments: Namespace) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def _arguments_in_checkpoint(arguments: Namespace) -> Namespace | None:
     return loaded[1] if isinstance(loaded, tuple) else None
 
 
-def _say_what_the_checkpoint_had(arguments: Namespace, resolved: ResolvedMegalodonConfig) -> None:
+def _say_what_the_checkpoint_had(arguments: Namespace, resolved: MegalodonConfig) -> None:
     """A line for each value that is another than that which --load was trained with."""
     folder = getattr(arguments, "load", None)
     if folder is None or getattr(arguments, "rank", 0) != 0:
@@ -238,7 +251,7 @@ def _say_what_the_checkpoint_had(arguments: Namespace, resolved: ResolvedMegalod
 
 
 @functools.lru_cache
-def _differences(folder: str, resolved: ResolvedMegalodonConfig) -> list[str]:
+def _differences(folder: str, resolved: MegalodonConfig) -> list[str]:
     """Looked up once a run; an empty list where nothing was saved yet."""
     arguments = _megatron_arguments()
     if not (Path(folder) / "latest_checkpointed_iteration.txt").is_file():

@@ -6,13 +6,12 @@ nothing can replace from outside but its module's name for it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from argparse import Namespace
 
-from megalodon_mcore.accounting import ModelShape, training_flops_per_token
-from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.accounting import training_flops_per_token
+from megalodon_mcore.config import config_from_arguments
 
 NAME = "num_floating_point_operations"
 
@@ -56,19 +55,5 @@ def flops_of_batch(
     if not tokens or not squared_lengths:
         tokens = batch_size * args.seq_length
         squared_lengths = tokens * args.seq_length
-    shape = ModelShape(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        ffn_hidden_size=args.ffn_hidden_size,
-        swiglu=args.swiglu,
-        tied_embeddings=not args.untie_embeddings_and_output_weights,
-        vocab_size=args.padded_vocab_size,
-        megalodon=ResolvedMegalodonConfig(
-            **{
-                field.name: getattr(args, f"megalodon_{field.name}")
-                for field in dataclasses.fields(ResolvedMegalodonConfig)
-            }
-        ),
-    )
+    shape = config_from_arguments(args, args.padded_vocab_size, "This run")
     return tokens * training_flops_per_token(shape, squared_lengths / tokens)

@@ -4,7 +4,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megalodon_mcore.config import MegalodonConfig, MegalodonSize
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS
 from megalodon_mcore.spec import MegalodonSpec
 
@@ -13,7 +13,7 @@ EPS = 1e-5
 
 def swiglu_heads_rescale(chunk_size) -> dict:
     """Options of `build` that differ from the default in all that changes a block's equations."""
-    own = MegalodonConfig(
+    own = dict(
         chunk_size=chunk_size,
         z_dim=8,
         value_dim=24,
@@ -47,7 +47,7 @@ def transformer_config(
 
 
 def build(
-    own: MegalodonConfig,
+    own=None,
     vocab_size=64,
     tied=False,
     rotary_base=10_000,
@@ -55,21 +55,16 @@ def build(
     emulated_fp8_layers=LINEAR_LAYERS,
     **options,
 ):
-    """A GPTModel handed a MegalodonSpec straight, and the resolved Megalodon configuration."""
+    """A GPTModel handed a MegalodonSpec straight, and its MegalodonConfig.
+
+    own: values that Megatron has no argument for; options: see transformer_config.
+    """
     config = transformer_config(**options)
+    megalodon = megalodon_config(
+        config, tied=tied, vocab_size=vocab_size, rotary_base=rotary_base, **(own or {})
+    )
     spec = MegalodonSpec(
-        MegalodonSize(
-            config.num_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.ffn_hidden_size,
-            config.gated_linear_unit,
-            rotary_base,
-            tied,
-            own,
-        ),
-        emulated_fp8=emulated_fp8,
-        emulated_fp8_layers=emulated_fp8_layers,
+        megalodon, emulated_fp8=emulated_fp8, emulated_fp8_layers=emulated_fp8_layers
     )
     model = GPTModel(
         config=config,
@@ -80,7 +75,20 @@ def build(
         position_embedding_type="none",
         rotary_base=rotary_base,
     )
-    return model, own.resolve(config.hidden_size, config.num_attention_heads)
+    return model, megalodon
+
+
+def megalodon_config(config: TransformerConfig, **values) -> MegalodonConfig:
+    """The MegalodonConfig of a model with Megatron's configuration and these values."""
+    shape = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "swiglu": config.gated_linear_unit,
+        "norm_eps": config.layernorm_epsilon,
+    }
+    return MegalodonConfig(**(shape | values))
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:

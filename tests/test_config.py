@@ -1,4 +1,4 @@
-"""Megalodon's own values: what is derived, what is refused, and which source of a value wins."""
+"""The model's values: what is derived, what is refused, and which source of a value wins."""
 
 import dataclasses
 import logging
@@ -8,22 +8,36 @@ import pytest
 
 from building import transformer_config
 from megalodon_mcore.config import (
-    CONFIG_VARIABLE,
+    ARGUMENT_PREFIX,
+    FIELDS,
     INIT_MODES,
-    SIZES,
+    OWN,
     MegalodonConfig,
-    config_from_environment,
-    parse_config,
+    config_from,
+    config_from_arguments,
+    names,
 )
-from megalodon_mcore.spec import ARGUMENT_PREFIX, MegalodonSpec, values_in_arguments
+from megalodon_mcore.config_sources import (
+    CONFIG_VARIABLE,
+    parse_pairs,
+    settle,
+    values_in_arguments,
+    values_in_environment,
+)
+from megalodon_mcore.hf import MegalodonConfig as HuggingFaceConfig
+from megalodon_mcore.sizes import SIZES
+from megalodon_mcore.spec import MegalodonSpec
 
-FIELDS = [field.name for field in dataclasses.fields(MegalodonConfig)]
 
-
-def message_of(call, *arguments) -> str:
+def message_of(call, *arguments, **options) -> str:
     with pytest.raises(ValueError) as raised:
-        call(*arguments)
+        call(*arguments, **options)
     return str(raised.value)
+
+
+def config(**values) -> MegalodonConfig:
+    shape = dict(num_layers=2, hidden_size=32, num_heads=1, ffn_hidden_size=48)
+    return MegalodonConfig(**(shape | values))
 
 
 @pytest.mark.parametrize(
@@ -37,95 +51,133 @@ def message_of(call, *arguments) -> str:
     ],
 )
 def test_widths_follow_from_the_hidden_size(hidden_size, z_dim, value_dim, groups):
-    resolved = MegalodonConfig().resolve(hidden_size, 1)
-    assert (resolved.z_dim, resolved.value_dim) == (z_dim, value_dim)
-    assert resolved.norm_num_groups == groups
-    assert (resolved.chunk_size, resolved.cema_ndim, resolved.hidden_dropout) == (2048, 16, 0.0)
-    assert (resolved.rescale_nffn, resolved.scale_embedding) == (False, False)
-    assert resolved.init_mode == "he"
+    made = config(hidden_size=hidden_size)
+    assert (made.z_dim, made.value_dim, made.norm_num_groups) == (z_dim, value_dim, groups)
+    assert (made.chunk_size, made.cema_ndim, made.hidden_dropout) == (2048, 16, 0.0)
+    assert (made.rescale_nffn, made.scale_embedding) == (False, False)
+    assert made.init_mode == "he"
 
 
 def test_given_widths_are_kept():
-    own = MegalodonConfig(num_heads=3, z_dim=6, value_dim=9, norm_num_groups=5)
-    resolved = own.resolve(hidden_size=40, num_attention_heads=3)
-    assert dataclasses.asdict(resolved) == dataclasses.asdict(own)
+    given = dict(num_heads=3, z_dim=6, value_dim=9, norm_num_groups=5)
+    made = config(hidden_size=40, **given)
+    assert given == {name: getattr(made, name) for name in given}
 
 
-@pytest.mark.parametrize("field", ["chunk_size", "z_dim", "value_dim", "cema_ndim"])
+@pytest.mark.parametrize("field", ["chunk_size", "z_dim", "value_dim", "cema_ndim", "num_layers"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_counts_must_be_positive(field, value):
-    message = message_of(MegalodonConfig(**{field: value}).resolve, 32, 1)
+    message = message_of(config, **{field: value})
     assert message == f"{field} is {value}; it takes a positive integer."
 
 
+def test_counts_must_be_numbers_of_a_model():
+    assert message_of(config, num_layers=10_001) == "num_layers is 10001; it takes 10000 at most."
+    assert message_of(config, chunk_size=2**31).endswith("; it takes less than 2**31.")
+    assert message_of(config, swiglu=1) == "swiglu is 1; it takes a value of bool."
+    assert message_of(config, z_dim=True) == "z_dim is True; it takes a value of int."
+    assert message_of(config, norm_eps=0.0) == "norm_eps is 0.0; it takes a positive number."
+
+
 def test_number_of_groups_must_be_positive_and_divide():
-    resolve = MegalodonConfig(norm_num_groups=0).resolve
-    assert message_of(resolve, 32, 1) == "norm_num_groups is 0; it takes a positive integer."
-    resolve = MegalodonConfig(norm_num_groups=5).resolve
+    message = message_of(config, norm_num_groups=0)
+    assert message == "norm_num_groups is 0; it takes a positive integer."
     expected = "norm_num_groups is 5, which does not divide --hidden-size 32."
-    assert message_of(resolve, 32, 1) == expected
+    assert message_of(config, norm_num_groups=5) == expected
 
 
 @pytest.mark.parametrize(("field", "value"), [("z_dim", 16), ("value_dim", 64)])
 def test_widths_must_be_multiples_of_the_heads(field, value):
-    message = message_of(
-        MegalodonConfig(**({"z_dim": 18, "value_dim": 66} | {field: value})).resolve, 32, 3
-    )
-    assert message == (
+    widths = {"z_dim": 18, "value_dim": 66} | {field: value}
+    assert message_of(config, num_heads=3, **widths) == (
         f"{field} is {value}, which the 3 heads (--num-attention-heads) do not divide; "
         "take a multiple of 3."
     )
 
 
 def test_query_heads_must_be_even():
-    assert message_of(MegalodonConfig(z_dim=15).resolve, 32, 1) == (
+    assert message_of(config, z_dim=15) == (
         "z_dim is 15, so a head is 15 wide; RoPE rotates pairs, so take a multiple of 2."
     )
-    assert message_of(MegalodonConfig(z_dim=12).resolve, 32, 4) == (
+    assert message_of(config, num_heads=4, z_dim=12) == (
         "z_dim is 12, so a head is 3 wide; RoPE rotates pairs, so take a multiple of 8."
     )
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
-def test_dropout_must_be_a_probability_below_one(value):
-    message = message_of(MegalodonConfig(hidden_dropout=value).resolve, 32, 1)
-    assert message == f"hidden_dropout is {value}; it takes a number from 0 up to below 1."
+@pytest.mark.parametrize("name", ["hidden_dropout", "dropout", "attention_dropout"])
+def test_dropout_must_be_a_probability_below_one(name, value):
+    message = message_of(config, **{name: value})
+    assert message == f"{name} is {value}; it takes a number from 0 up to below 1."
 
 
 def test_init_mode_must_be_known():
-    message = message_of(MegalodonConfig(init_mode="zeros").resolve, 32, 1)
+    message = message_of(config, init_mode="zeros")
     assert message == "init_mode is 'zeros'; it takes he, bert, xavier, gaussian."
     for mode in INIT_MODES:
-        assert MegalodonConfig(init_mode=mode).resolve(32, 1).init_mode == mode
+        assert config(init_mode=mode).init_mode == mode
 
 
-def test_override_replaces_known_fields_alone():
-    own = MegalodonConfig(chunk_size=16, z_dim=8)
-    changed = own.override({"z_dim": 4, "rescale_nffn": True})
-    assert changed == MegalodonConfig(chunk_size=16, z_dim=4, rescale_nffn=True)
-    assert own == MegalodonConfig(chunk_size=16, z_dim=8)
-    expected = f"'chunk' is not a Megalodon value; known: {', '.join(FIELDS)}."
-    assert message_of(own.override, {"chunk": 4}) == expected
+@pytest.mark.parametrize("form", ["hf", "released", "core"])
+def test_a_form_gives_the_configuration_back(form):
+    made = config(swiglu=True, tied=True, z_dim=8, vocab_size=77, dropout=0.1, rotary_base=500.0)
+    assert config_from(made.named(form), form, "here") == made
+
+
+def test_so_do_megatrons_arguments():
+    made = config(swiglu=True, tied=True, z_dim=8, vocab_size=77, dropout=0.1, rotary_base=500.0)
+    arguments = Namespace(**made.named("megatron"), untie_embeddings_and_output_weights=False)
+    assert config_from_arguments(arguments, 77, "here") == made
+
+
+def test_what_a_checkpoint_does_not_say_is_named():
+    values = config().named("hf")
+    assert message_of(config_from, values | {"z_dim": None}, "hf", "it") == "it does not say z_dim."
+    values["num_hidden_layers"] = "two"
+    assert message_of(config_from, values, "hf", "it") == (
+        "it describes no model: num_layers is 'two'; it takes a value of int."
+    )
+
+
+def test_the_hugging_face_configuration_has_every_value():
+    """Its file travels alone, and so says them a second time."""
+    theirs = HuggingFaceConfig().to_dict()
+    for ours, name in names("hf").items():
+        if ours != "init_mode":
+            assert name in theirs, ours
+            if not isinstance(FIELDS[ours].default, type(dataclasses.MISSING)):
+                default = FIELDS[ours].default
+                assert default is None or theirs[name] == default, ours
+
+
+def test_sources_take_precedence_in_one_order(monkeypatch):
+    size = config(chunk_size=1, cema_ndim=1, norm_num_groups=1, rescale_nffn=True)
+    checkpoint = {"chunk_size": 2, "cema_ndim": 2, "norm_num_groups": 2}
+    monkeypatch.setenv(CONFIG_VARIABLE, "chunk_size=4,cema_ndim=4")
+    found = settle({"chunk_size": 8}, checkpoint, size)
+    assert found == size.own_values() | {"chunk_size": 8, "cema_ndim": 4, "norm_num_groups": 2}
+    expected = f"'chunk' is not a Megalodon value; known: {', '.join(OWN)}."
+    assert message_of(settle, {"chunk": 4}) == expected
 
 
 def test_pairs_become_typed_values():
     pairs = [" chunk_size = 512", "z_dim=64", "hidden_dropout=1e-1", "init_mode=bert"]
-    assert parse_config(pairs, "--set") == {
+    assert parse_pairs(pairs, "--set") == {
         "chunk_size": 512,
         "z_dim": 64,
         "hidden_dropout": 0.1,
         "init_mode": "bert",
     }
     for text, value in {"true": True, "TRUE": True, "1": True, "False": False, "0": False}.items():
-        assert parse_config([f"rescale_nffn={text}"], "--set")["rescale_nffn"] is value
-    assert parse_config([], "--set") == {}
-    assert parse_config(["z_dim=4", "z_dim=8"], "--set") == {"z_dim": 8}
+        assert parse_pairs([f"rescale_nffn={text}"], "--set")["rescale_nffn"] is value
+    assert parse_pairs([], "--set") == {}
+    assert parse_pairs(["z_dim=4", "z_dim=8"], "--set") == {"z_dim": 8}
 
 
 @pytest.mark.parametrize("pair", ["chunk_size", "chunk=4", "=4", ""])
 def test_malformed_pairs_are_named(pair):
-    assert message_of(parse_config, [pair], "--set") == (
-        f"--set has {pair!r}; it takes NAME=VALUE with NAME one of {', '.join(FIELDS)}."
+    assert message_of(parse_pairs, [pair], "--set") == (
+        f"--set has {pair!r}; it takes NAME=VALUE with NAME one of {', '.join(OWN)}."
     )
 
 
@@ -140,19 +192,19 @@ def test_malformed_pairs_are_named(pair):
     ],
 )
 def test_values_of_the_wrong_type_are_named(name, text, wanted):
-    message = message_of(parse_config, [f"{name}={text}"], "--set")
+    message = message_of(parse_pairs, [f"{name}={text}"], "--set")
     assert message == f"--set gives {name}={text!r}; {name} takes {wanted}."
 
 
 def test_environment_variable(monkeypatch):
     monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
-    assert config_from_environment() == {}
+    assert values_in_environment() == {}
     monkeypatch.setenv(CONFIG_VARIABLE, "  ")
-    assert config_from_environment() == {}
+    assert values_in_environment() == {}
     monkeypatch.setenv(CONFIG_VARIABLE, "chunk_size=512, rescale_nffn=true")
-    assert config_from_environment() == {"chunk_size": 512, "rescale_nffn": True}
+    assert values_in_environment() == {"chunk_size": 512, "rescale_nffn": True}
     monkeypatch.setenv(CONFIG_VARIABLE, "chunk_size=512;rescale_nffn=true")
-    message = message_of(config_from_environment)
+    message = message_of(values_in_environment)
     assert message.startswith("MEGALODON_CONFIG gives chunk_size='512;rescale_nffn=true'; ")
 
 
@@ -168,7 +220,7 @@ def arguments(monkeypatch):
 
 
 def small_spec(**values) -> MegalodonSpec:
-    return MegalodonSpec(dataclasses.replace(SIZES["200m"], megalodon=MegalodonConfig(**values)))
+    return MegalodonSpec(config(**values))
 
 
 def test_arguments_win_over_environment_over_named_size(arguments, monkeypatch):
@@ -186,11 +238,11 @@ def test_arguments_win_over_environment_over_named_size(arguments, monkeypatch):
 
 
 def test_resolved_values_are_written_back_to_the_arguments(arguments):
-    resolved = small_spec(chunk_size=100).resolve(transformer_config(hidden_size=64))
-    expected = {ARGUMENT_PREFIX + n: v for n, v in dataclasses.asdict(resolved).items()}
+    resolved = small_spec(chunk_size=100).resolve(transformer_config())
+    expected = {ARGUMENT_PREFIX + n: v for n, v in resolved.own_values().items()}
     assert vars(arguments) == expected | {"unrelated": 7}
-    assert values_in_arguments(arguments) == dataclasses.asdict(resolved)
-    again = MegalodonSpec().resolve(transformer_config(hidden_size=64))
+    assert values_in_arguments(arguments) == resolved.own_values()
+    again = MegalodonSpec().resolve(transformer_config())
     assert again == resolved
 
 
@@ -274,10 +326,10 @@ def test_without_megatron_arguments_the_named_size_counts(monkeypatch):
 
 def test_other_megatron_values_than_the_sizes_are_warned_of(monkeypatch, caplog):
     monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
-    config = transformer_config(num_layers=12, hidden_size=1024, heads=2, ffn=48)
+    given = transformer_config(num_layers=12, hidden_size=1024, heads=2, ffn=48)
     with caplog.at_level(logging.WARNING, logger="megalodon_mcore.spec"):
-        MegalodonSpec(SIZES["200m"]).resolve(config)
-        MegalodonSpec().resolve(config)
+        MegalodonSpec(SIZES["200m"]).resolve(given)
+        MegalodonSpec().resolve(given)
     assert [record.getMessage() for record in caplog.records] == [
         "--num-attention-heads is 2; the named size has 1.",
         "--ffn-hidden-size is 48; the named size has 2560.",

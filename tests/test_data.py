@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-from megalodon_mcore.data import encoders, ngram, prepare, sources
+from megalodon_mcore.data import (
+    encoders,
+    ngram,
+    output_files,
+    prepare,
+    prepare_command,
+    sources,
+)
 from megalodon_mcore.data.byte_tokenizer import (
     END_OF_DOCUMENT_ID,
     VOCAB_SIZE,
@@ -566,7 +573,7 @@ def test_overwrite_replaces_what_the_earlier_run_wrote(tmp_path, corpus):
 @pytest.mark.parametrize("where", ["tokenizing", "dealing out"])
 def test_failed_run_leaves_nothing(tmp_path, corpus, monkeypatch, error, where):
     name, after = ("__call__", 100) if where == "tokenizing" else ("add", 290)
-    owner = encoders.Encoder if where == "tokenizing" else prepare._Writer
+    owner = encoders.Encoder if where == "tokenizing" else prepare.IndexedWriter
     original, calls = getattr(owner, name), []
 
     def failing(self, *args):
@@ -613,25 +620,25 @@ def test_killed_run_looks_unfinished_and_can_be_repeated(tmp_path, corpus):
 
 
 def test_two_runs_cannot_write_one_prefix(tmp_path, corpus):
-    with prepare._unfinished_folder(tmp_path / "d"):
+    with output_files.unfinished_folder(tmp_path / "d"):
         with pytest.raises(FileExistsError, match="another run is writing it"):
             _prepare([corpus[0]], tmp_path / "d")
 
 
 def test_command_line(tmp_path, corpus, capsys):
     parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
+    prepare_command.add_arguments(parser)
     parser.format_help()
     prefix = tmp_path / "d"
     words = [str(corpus[0]), "--output-prefix", str(prefix), "--split", "0.8,0.1,0.1"]
-    assert prepare.run(parser.parse_args(words)) == 0
+    assert prepare_command.run(parser.parse_args(words)) == 0
     out, err = capsys.readouterr()
     assert PreparedData.load(prefix).megatron_command_line() in out
     assert "tokenizing" in err
-    assert prepare.run(parser.parse_args(words)) == 2
+    assert prepare_command.run(parser.parse_args(words)) == 2
     assert "--overwrite" in capsys.readouterr().err
     for wrong in (["--workers", "0"], ["--split", "x"], ["--max-bytes", "0"]):
-        assert prepare.run(parser.parse_args([*words, "--overwrite", *wrong])) == 2
+        assert prepare_command.run(parser.parse_args([*words, "--overwrite", *wrong])) == 2
         assert wrong[0] in capsys.readouterr().err
     assert PreparedData.load(prefix).datasets["train"].documents  # still there
 

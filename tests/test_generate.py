@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from building import build, randomize
-from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
 from megalodon_mcore.generate import decode_stream, generate_tokens, read_prompt
 from megalodon_mcore.sampling import Sampler
@@ -20,7 +19,7 @@ CHUNK = 8
 
 @pytest.fixture
 def model(megatron):
-    model, _ = build(MegalodonConfig(chunk_size=CHUNK), vocab_size=64)
+    model, _ = build(dict(chunk_size=CHUNK), vocab_size=64)
     randomize(model)
     return model.eval()
 

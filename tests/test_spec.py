@@ -1,6 +1,5 @@
 """What Megatron builds from the specs: layers, sizes, initial values, checkpoint entries."""
 
-import dataclasses
 import inspect
 import math
 
@@ -9,12 +8,12 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from building import build, transformer_config
+from building import build, megalodon_config, transformer_config
 from megalodon_mcore import spec
-from megalodon_mcore.accounting import ModelShape, parameters_by_part, total_parameters
-from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
-from test_accounting import LISTED
+from megalodon_mcore.layers.float32_module import Float32Module
+from megalodon_mcore.parameters import number_of_values, parameters
+from megalodon_mcore.sizes import SIZES, megatron_arguments
 
 
 def gpt_model(layer_spec, config, **options) -> GPTModel:
@@ -64,14 +63,15 @@ def test_a_named_spec_gives_its_values_to_every_layer(megatron):
     config.init_model_with_meta_device = True
     with torch.device("meta"):
         model = gpt_model(spec.megalodon_7b, config)
-    expected = SIZES["7b-paper"].megalodon.resolve(4096, 4)
-    assert [layer.mixer.megalodon for layer in model.decoder.layers] == [expected] * 2
+    expected = SIZES["7b-paper"].own_values()
+    found = [layer.mixer.megalodon.own_values() for layer in model.decoder.layers]
+    assert found == [expected] * 2
     assert model.decoder.final_layernorm.num_groups == 64
 
 
 def test_a_call_with_the_model_configuration_gives_the_same(megatron):
-    own = MegalodonConfig(chunk_size=16, norm_num_groups=2)
-    sized = spec.MegalodonSpec(dataclasses.replace(SIZES["200m"], megalodon=own))
+    size = megalodon_config(transformer_config(), chunk_size=16, norm_num_groups=2)
+    sized = spec.MegalodonSpec(size)
     called_config, direct_config = transformer_config(), transformer_config()
     called = sized(gpt_model_config(sized, called_config, rotary_base=700))
     direct = sized.block_submodules(direct_config, rotary_base=700)
@@ -153,59 +153,65 @@ def test_named_sizes_have_the_listed_values():
     listed = {name: values for name, *values in (row.split() for row in TABLE.split("\n") if row)}
     assert SIZES.keys() == listed.keys()
     for name, size in SIZES.items():
-        own, words = size.megalodon, {True: "yes", False: "no"}
-        megatron_own = (size.num_layers, size.hidden_size, size.num_attention_heads)
-        widths = (own.z_dim, own.value_dim, size.ffn_hidden_size)
-        base = f"1e{math.log10(size.rotary_base):g}"
-        last = (words[size.tied_embeddings], words[own.scale_embedding])
-        values = (*megatron_own, *widths, words[size.swiglu])
-        values += (own.chunk_size, own.norm_num_groups, base, *last)
+        words = {True: "yes", False: "no"}
+        values = (size.num_layers, size.hidden_size, size.num_heads, size.z_dim, size.value_dim)
+        values += (size.ffn_hidden_size, words[size.swiglu], size.chunk_size, size.norm_num_groups)
+        values += (f"1e{math.log10(size.rotary_base):g}", words[size.tied])
+        values += (words[size.scale_embedding],)
         assert [str(value) for value in values] == listed[name]
-        assert (own.cema_ndim, own.hidden_dropout, own.rescale_nffn) == (16, 0.0, False)
-        assert size.megatron_arguments() == {
+        assert (size.cema_ndim, size.hidden_dropout, size.rescale_nffn) == (16, 0.0, False)
+        assert (size.norm_eps, size.vocab_size) == (1e-5, 32_000)
+        assert megatron_arguments(size) == {
             "num_layers": size.num_layers,
             "hidden_size": size.hidden_size,
-            "num_attention_heads": size.num_attention_heads,
+            "num_attention_heads": size.num_heads,
             "ffn_hidden_size": size.ffn_hidden_size,
             "swiglu": size.swiglu,
             "rotary_base": size.rotary_base,
-            "untie_embeddings_and_output_weights": not size.tied_embeddings,
+            "untie_embeddings_and_output_weights": not size.tied,
         }
 
 
-PART_OF = {
-    "embedding.": "embedding",
-    "mixer.timestep_norm.": "TimestepNorm",
-    "mixer.cema.": "CEMA",
-    "mixer.cema_norm.": "CEMA RMSNorm",
-    "mixer.linear_z.": "query/key projection and affine",
-    "mixer.query_key.": "query/key projection and affine",
-    "mixer.linear_v.": "value projection",
-    "mixer.linear_r.": "gate projection",
-    "mixer.linear_proj.": "mixer output projections",
-    "feed_forward.norm.": "FFN LayerNorm",
-    "feed_forward.linear_fc": "FFN",
-    "feed_forward.rescale.": "FFN rescale",
-    "final_layernorm.": "final TimestepNorm",
-    "output_layer.": "output projection",
+LISTED = {
+    "200m": 220_627_968,
+    "1.3b": 1_342_832_640,
+    "1.3b-pg19": 1_327_628_288,
+    "7.1b": 7_117_381_632,
+    "7.3b": 7_385_817_088,
+    "7b-paper": 7_385_817_088,
 }
+"""Parameters of the named sizes."""
 
 
-def counted_by_part(model) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        (part,) = {part for piece, part in PART_OF.items() if piece in name}
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
+def assert_as_in_the_table(model, config):
+    """That every parameter has the table's shape, and there are no others."""
+    table: dict[str, list] = {}
+    for parameter in parameters(config):
+        table.setdefault(parameter.mcore, []).append(parameter)
+    built = dict(model.named_parameters())
+    assert built.keys() == table.keys()
+    for name, parts in table.items():
+        shape = list(parts[0].shape)
+        if parts[0].row.part:
+            axis = parts[0].row.part.axis
+            shape[axis] = sum(part.shape[axis] for part in parts)
+        assert tuple(built[name].shape) == tuple(shape), name
+        kept = any(built[name] is own for own in float32_parameters(model))
+        assert kept == parts[0].float32, name
+
+
+def float32_parameters(model):
+    modules = (module for module in model.modules() if isinstance(module, Float32Module))
+    return [own for module in modules for own in module.parameters(recurse=False)]
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_named_sizes_build_exactly_the_parameters_accounted_for(megatron, name):
+def test_named_sizes_build_exactly_the_parameters_of_the_table(megatron, name):
     size = SIZES[name]
     config = transformer_config(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
-        heads=size.num_attention_heads,
+        heads=size.num_heads,
         ffn=size.ffn_hidden_size,
         swiglu=size.swiglu,
         init_model_with_meta_device=True,
@@ -215,20 +221,19 @@ def test_named_sizes_build_exactly_the_parameters_accounted_for(megatron, name):
             vars(spec)[spec.NAMES_BY_SIZE[name]],
             config,
             vocab_size=32_000,
-            share_embeddings_and_output_weights=size.tied_embeddings,
+            share_embeddings_and_output_weights=size.tied,
         )
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert counted_by_part(model) == parameters_by_part(ModelShape.of(SIZES[name], 32_000))
-    assert sum(counted_by_part(model).values()) == LISTED[name]
+    assert_as_in_the_table(model, size)
+    assert number_of_values(size) == LISTED[name]
 
 
-def test_uncommon_values_are_accounted_for_too(megatron):
-    own = MegalodonConfig(z_dim=6, value_dim=27, cema_ndim=5, rescale_nffn=True)
+def test_so_do_uncommon_values(megatron):
+    own = dict(z_dim=6, value_dim=27, cema_ndim=5, rescale_nffn=True)
     options = dict(num_layers=3, hidden_size=48, heads=3, ffn=50, swiglu=True)
     model, resolved = build(own, vocab_size=37, tied=True, **options)
-    shape = ModelShape(3, 48, 3, 50, True, True, 37, resolved)
-    assert counted_by_part(model) == parameters_by_part(shape)
-    assert sum(p.numel() for p in model.parameters()) == total_parameters(shape)
+    assert_as_in_the_table(model, resolved)
+    assert sum(p.numel() for p in model.parameters()) == number_of_values(resolved)
 
 
 # Initial values and checkpoints
@@ -262,7 +267,7 @@ def test_embedding_and_output_start_as_truncated_normals(megatron, path, tied):
 def test_checkpoints_cover_every_parameter(megatron, tied):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    model, _ = build(MegalodonConfig(rescale_nffn=True), tied=tied, swiglu=True)
+    model, _ = build(dict(rescale_nffn=True), tied=tied, swiglu=True)
     sharded = model.sharded_state_dict()
     entries = {
         name: entry

@@ -8,29 +8,28 @@ import torch
 
 from building import build, randomize, swiglu_heads_rescale
 from megalodon_mcore import streaming
-from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.streaming import StreamingModel
 from megalodon_mcore.token_step import TokenStep, can_step
 
 CHUNK = 5
 BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 OPTIONS = {
-    "one-head": dict(own=MegalodonConfig(chunk_size=CHUNK)),
+    "one-head": dict(own=dict(chunk_size=CHUNK)),
     "swiglu-heads-rescale": swiglu_heads_rescale(CHUNK),
     "tied-scaled": dict(
-        own=MegalodonConfig(chunk_size=CHUNK, z_dim=16, scale_embedding=True),
+        own=dict(chunk_size=CHUNK, z_dim=16, scale_embedding=True),
         heads=4,
         tied=True,
         rotary_base=100_000,
     ),
     "dropouts": dict(
-        own=MegalodonConfig(chunk_size=CHUNK, hidden_dropout=0.3),
+        own=dict(chunk_size=CHUNK, hidden_dropout=0.3),
         hidden_dropout=0.2,
         attention_dropout=0.1,
     ),
-    "bf16": dict(own=MegalodonConfig(chunk_size=CHUNK, rescale_nffn=True), swiglu=True, **BF16),
+    "bf16": dict(own=dict(chunk_size=CHUNK, rescale_nffn=True), swiglu=True, **BF16),
     "bf16-fp32-residual": dict(
-        own=MegalodonConfig(chunk_size=CHUNK, scale_embedding=True),
+        own=dict(chunk_size=CHUNK, scale_embedding=True),
         fp32_residual_connection=True,
         **BF16,
     ),

@@ -4,7 +4,6 @@ What needs a GPU is not tested: the modules' own kernels, FP8 among them.
 """
 
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -15,8 +14,8 @@ import torch
 from building import build, randomize, transformer_config
 from fake_world import fake_rank
 from megalodon_mcore import spec
-from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.planning.layout import ParallelLayout
+from megalodon_mcore.sizes import SIZES
 from test_spec import gpt_model
 from transformer_engine_reference import running_on_cpu
 
@@ -40,7 +39,7 @@ def checkpoint_entries(name, impl, tp):
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
         # Megatron's own check; Megalodon's number of heads is the size's.
-        heads=max(size.num_attention_heads, tp),
+        heads=max(size.num_heads, tp),
         ffn=size.ffn_hidden_size,
         swiglu=size.swiglu,
         transformer_impl=impl,
@@ -53,8 +52,7 @@ def checkpoint_entries(name, impl, tp):
         bf16=True,
         params_dtype=torch.bfloat16,
     )
-    own = size.megalodon.override({"num_heads": size.num_attention_heads})
-    sized = spec.MegalodonSpec(replace(size, megalodon=own))
+    sized = spec.MegalodonSpec(size)
     with torch.device("meta"):
         model = gpt_model(sized, config, vocab_size=32_000).bfloat16()
     entries = {}
@@ -98,7 +96,7 @@ def test_parameters_are_marked_as_the_local_specs(sequence_parallel, heads, on_c
     marks = []
     with fake_rank(layout, tp_rank=1):
         for implementation in ({}, ENGINE):
-            own = MegalodonConfig(num_heads=heads, rescale_nffn=True)
+            own = dict(num_heads=heads, rescale_nffn=True)
             model, _ = build(own, **options, **implementation)
             marks.append({})
             for name, parameter in model.named_parameters():
@@ -117,9 +115,9 @@ def test_modules_are_transformer_engines_and_start_as_local_ones(megatron):
     import transformer_engine.pytorch as te
 
     torch.manual_seed(0)
-    engine, _ = build(MegalodonConfig(), swiglu=True, **ENGINE)
+    engine, _ = build(swiglu=True, **ENGINE)
     torch.manual_seed(0)
-    local, _ = build(MegalodonConfig(), swiglu=True)
+    local, _ = build(swiglu=True)
     for layer in engine.decoder.layers:
         mixer, feed_forward = layer.mixer, layer.feed_forward
         linears = (mixer.linear_z, mixer.linear_v, mixer.linear_r, mixer.linear_proj)
@@ -138,7 +136,7 @@ def test_norms_stay_float32_and_the_engine_takes_them_beside_bf16(megatron):
     options = dict(bf16=True, params_dtype=torch.bfloat16)
     engine, local = (
         Float16Module(model.config, model)
-        for model, _ in (build(MegalodonConfig(), **options, **o) for o in (ENGINE, {}))
+        for model, _ in (build(**options, **o) for o in (ENGINE, {}))
     )
     dtypes = {name: parameter.dtype for name, parameter in engine.named_parameters()}
     assert dtypes == {name: parameter.dtype for name, parameter in local.named_parameters()}
@@ -156,7 +154,7 @@ def test_float32_hidden_states_beside_bf16_weights_are_normalized_outside(megatr
     from megalodon_mcore.layers.norms import LayerNorm
 
     options = dict(bf16=True, params_dtype=torch.bfloat16, fp32_residual_connection=True)
-    model, _ = build(MegalodonConfig(chunk_size=8), **options, **ENGINE)
+    model, _ = build(dict(chunk_size=8), **options, **ENGINE)
     assert isinstance(model.decoder.layers[0].feed_forward.norm, LayerNorm)
     with running_on_cpu():
         logits = model(torch.arange(12).view(1, 12), None, None)
@@ -173,7 +171,7 @@ def test_overlapped_communication_has_the_buffers_of_transformer_engine():
         patch.object(linear, "is_ub_initialized", lambda: True),
         patch.object(layernorm_linear, "is_ub_initialized", lambda: True),
     ):
-        model, _ = build(MegalodonConfig(), heads=2, num_layers=1, **options, **ENGINE)
+        model, _ = build(heads=2, num_layers=1, **options, **ENGINE)
     mixer, feed_forward = model.decoder.layers[0].mixer, model.decoder.layers[0].feed_forward
     assert mixer.config.tp_comm_overlap
     assert mixer.linear_proj.ub_name == "proj" and mixer.linear_proj.ub_overlap_rs_fprop
@@ -210,7 +208,7 @@ def test_linear_layers_alone_are_called_in_the_recipe(megatron, recipe):
     keeps_ends = recipe != "delayed"
     options = dict(fp8="hybrid", fp8_recipe=recipe, first_last_layers_bf16=keeps_ends)
     sizes = dict(hidden_size=64, ffn=96, num_layers=4)
-    model, _ = build(MegalodonConfig(z_dim=32, chunk_size=8), **options, **sizes, **ENGINE)
+    model, _ = build(dict(z_dim=32, chunk_size=8), **options, **sizes, **ENGINE)
     randomize(model)
     names = {module: name for name, module in model.named_modules()}
     recipes = {}
@@ -235,7 +233,7 @@ def test_linear_layers_alone_are_called_in_the_recipe(megatron, recipe):
     for name, used in recipes.items():
         at_an_end = keeps_ends and name.split(".")[2] in ("0", "3")
         assert used == (None if at_an_end else expected), name
-    local, _ = build(MegalodonConfig(z_dim=32, chunk_size=8), **sizes)
+    local, _ = build(dict(z_dim=32, chunk_size=8), **sizes)
     local.load_state_dict(model.state_dict())
     wanted = local(tokens, None, None, labels=tokens)
     torch.testing.assert_close(loss, wanted)
@@ -245,7 +243,7 @@ def test_recomputation_in_fp8_is_transformer_engines(megatron):
     from megatron.core.extensions import transformer_engine as extension
 
     model, _ = build(
-        MegalodonConfig(z_dim=32, chunk_size=8),
+        dict(z_dim=32, chunk_size=8),
         hidden_size=64,
         ffn=96,
         fp8="hybrid",

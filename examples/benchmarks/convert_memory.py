@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from megalodon_mcore.config import SIZES
-from megalodon_mcore.conversion.architecture import Architecture
-from megalodon_mcore.conversion.mapping import Parameter, parameters
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.conversion.mcore_checkpoint import write_mcore
 from megalodon_mcore.conversion.model import OpenModel
+from megalodon_mcore.parameters import Parameter, parameters
+from megalodon_mcore.sizes import SIZES
 
 VOCABULARY = 32_000
 STEPS = (("mcore", "hf"), ("hf", "released"), ("released", "mcore"))
@@ -40,8 +40,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     print(f"{'':<30}{'checkpoint':>12}{'anonymous':>12}{'mapped files':>14}{'time':>10}")
-    tiny = Architecture(64, 1, 32, 1, 32, 8, 64, 4, 1, 16)
-    for name, shape in (("tiny", tiny), (args.preset, architecture(args.preset))):
+    tiny = MegalodonConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_heads=1,
+        ffn_hidden_size=32,
+        cema_ndim=4,
+        chunk_size=16,
+        vocab_size=64,
+    )
+    for name, shape in (("tiny", tiny), (args.preset, SIZES[args.preset])):
         with tempfile.TemporaryDirectory(dir=args.work) as folder:
             start = random_checkpoint(Path(folder) / "mcore", shape, DTYPES[args.dtype])
             total = sum(file.stat().st_size for file in start.rglob("*") if file.is_file())
@@ -88,30 +96,7 @@ def peaks(command: list[str]) -> tuple[int, int]:
     return anonymous, files
 
 
-def architecture(preset: str, vocab_size: int = VOCABULARY) -> Architecture:
-    """The shape of a named size."""
-    size = SIZES[preset]
-    own = size.megalodon.resolve(size.hidden_size, size.num_attention_heads)
-    return Architecture(
-        vocab_size=vocab_size,
-        num_layers=size.num_layers,
-        hidden_size=size.hidden_size,
-        num_heads=own.num_heads,
-        ffn_hidden_size=size.ffn_hidden_size,
-        z_dim=own.z_dim,
-        value_dim=own.value_dim,
-        cema_ndim=own.cema_ndim,
-        norm_num_groups=own.norm_num_groups,
-        chunk_size=own.chunk_size,
-        rotary_base=size.rotary_base,
-        swiglu=size.swiglu,
-        rescale_nffn=own.rescale_nffn,
-        scale_embedding=own.scale_embedding,
-        tied=size.tied_embeddings,
-    )
-
-
-def random_checkpoint(folder: Path, shape: Architecture, dtype: torch.dtype) -> Path:
+def random_checkpoint(folder: Path, shape: MegalodonConfig, dtype: torch.dtype) -> Path:
     """Writes a Megatron checkpoint of random weights; returns the folder."""
 
     def draw(parameter: Parameter) -> torch.Tensor:

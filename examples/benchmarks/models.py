@@ -83,22 +83,22 @@ def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES)
     """GPTModel with Megalodon's spec."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from megalodon_mcore.config import MegalodonConfig, MegalodonSize
+    from megalodon_mcore.config import MegalodonConfig
     from megalodon_mcore.spec import MegalodonSpec
 
-    own = MegalodonConfig(
+    config = MegalodonConfig(
+        num_layers=sizes["layers"],
+        hidden_size=sizes["hidden_size"],
+        num_heads=sizes.get("heads", 1),
+        ffn_hidden_size=sizes["ffn"],
         chunk_size=sizes["chunk"],
         z_dim=sizes["z_dim"],
         value_dim=sizes["value_dim"],
         norm_num_groups=sizes["groups"],
     )
-    heads = sizes.get("heads", 1)
-    size = MegalodonSize(
-        sizes["layers"], sizes["hidden_size"], heads, sizes["ffn"], False, 10_000, False, own
-    )
     return GPTModel(
-        config=transformer_config(dtype, sizes, num_attention_heads=heads),
-        transformer_layer_spec=MegalodonSpec(size),
+        config=transformer_config(dtype, sizes, num_attention_heads=config.num_heads),
+        transformer_layer_spec=MegalodonSpec(config),
         vocab_size=sizes["vocabulary"],
         max_sequence_length=1 << 20,
         position_embedding_type="none",

@@ -22,7 +22,7 @@ from megalodon_mcore.kernels.timestep_norm import (
 )
 from torch import Tensor
 
-from megalodon_mcore.config import SIZES as NAMED_SIZES
+from megalodon_mcore.sizes import SIZES as NAMED_SIZES
 
 NDIM = 16
 EPS = 1e-5

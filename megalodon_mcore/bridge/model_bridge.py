@@ -1,6 +1,6 @@
 """What Bridge asks of a model: its provider from a configuration, and where every tensor goes.
 
-The tensors are those of `conversion.mapping`, the one table that `megalodon-mcore convert` has.
+The tensors are those of `megalodon_mcore.parameters`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,9 @@ from megalodon_mcore.bridge.parameter_mappings import (
     VocabularyMapping,
 )
 from megalodon_mcore.bridge.provider import MegalodonModelProvider
-from megalodon_mcore.conversion.architecture import Architecture, architecture_from
-from megalodon_mcore.conversion.hf_folder import AUTO_MAP, CODE, NAMES
-from megalodon_mcore.conversion.mapping import (
-    LAYER_PREFIXES,
-    LAYER_ROWS,
-    MODEL_ROWS,
-    Row,
-    widths_of,
-)
+from megalodon_mcore.config import MegalodonConfig, config_from, names
+from megalodon_mcore.conversion.hf_folder import AUTO_MAP, CODE
+from megalodon_mcore.parameters import LAYER_PREFIXES, LAYER_ROWS, MODEL_ROWS, Row
 
 
 @MegatronModelBridge.register_bridge(
@@ -54,7 +48,7 @@ class MegalodonBridge(MegatronModelBridge):
         Raises:
             ValueError: the configuration lacks a value, or has one that does not fit.
         """
-        provider = MegalodonModelProvider.of(architecture_of(hf_pretrained.config))
+        provider = MegalodonModelProvider.of(config_of(hf_pretrained.config))
         dtype = self.dtype_from_hf(hf_pretrained.config, default=torch.float32)
         provider.params_dtype = dtype
         provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
@@ -63,65 +57,62 @@ class MegalodonBridge(MegatronModelBridge):
     @classmethod
     def megatron_to_hf_config(cls, provider: MegalodonModelProvider) -> dict[str, Any]:
         """The config.json of a provider's model."""
-        architecture = provider.architecture()
-        values = {theirs: getattr(architecture, ours) for ours, theirs in NAMES.items()}
+        config = provider.config()
         dtype = torch.bfloat16 if provider.bf16 else torch.float32
-        return values | {
+        return config.named("hf") | {
             "model_type": cls.MODEL_TYPE,
             "architectures": [cls.SOURCE_NAME],
             "auto_map": AUTO_MAP,
-            "rope_theta": float(architecture.rotary_base),
+            "rope_theta": float(config.rotary_base),
             "dtype": str(torch.float16 if provider.fp16 else dtype).removeprefix("torch."),
         }
 
     def mapping_registry(self) -> MegatronMappingRegistry:
         """A mapping for every parameter of the model that `hf_config` describes."""
-        architecture = architecture_of(self.hf_config)
+        config = config_of(self.hf_config)
         mappings = []
         for rows, prefixes in (
             (MODEL_ROWS, ("", "")),
             (LAYER_ROWS, (f"{LAYER_PREFIXES['mcore']}*.", f"{LAYER_PREFIXES['hf']}*.")),
         ):
-            present = [row for row in rows if row.exists_in(architecture)]
+            present = [row for row in rows if row.exists_in(config)]
             by_parameter = sorted(present, key=lambda row: row.mcore)
             mappings += [
-                _mapping(list(parts), *prefixes, architecture)
+                _mapping(list(parts), *prefixes, config)
                 for _, parts in groupby(by_parameter, key=lambda row: row.mcore)
             ]
         return MegatronMappingRegistry(*mappings)
 
 
-def architecture_of(hf_config: Any) -> Architecture:
-    """The architecture that a Hugging Face configuration describes.
+def config_of(hf_config: Any) -> MegalodonConfig:
+    """The model that a Hugging Face configuration describes.
 
     Raises:
-        ValueError: as `architecture_from`.
+        ValueError: as `config_from`.
     """
-    values = {theirs: getattr(hf_config, theirs, None) for theirs in NAMES.values()}
-    return architecture_from(values, NAMES, "The Hugging Face configuration")
+    values = {theirs: getattr(hf_config, theirs, None) for theirs in names("hf").values()}
+    return config_from(values, "hf", "The Hugging Face configuration")
 
 
 def _mapping(
-    rows: list[Row], mcore_prefix: str, hf_prefix: str, architecture: Architecture
+    rows: list[Row], mcore_prefix: str, hf_prefix: str, config: MegalodonConfig
 ) -> MegatronParamMapping:
     """The mapping of one Megatron parameter and the rows of the table that it holds."""
     row = rows[0]
     mcore, hf = mcore_prefix + row.mcore, hf_prefix + row.hf
-    letters = row.shape.split()
     if len(rows) > 1 and row.part.axis == 1:
-        widths = widths_of(architecture)
         return ColumnPartsMapping(
             mcore,
             {row.hf: hf_prefix + row.hf for row in rows},
-            {row.hf: widths[row.shape.split()[1]] for row in rows},
+            {row.hf: row.shape_in(config)[1] for row in rows},
         )
     if len(rows) > 1:
         gate, up = rows
         return GatedMLPMapping(mcore, gate=hf, up=hf_prefix + up.hf)
     if row.tp is None:
         return ReplicatedMapping(mcore, hf)
-    if letters[row.tp] == "V":
-        return VocabularyMapping(mcore, hf, architecture.vocab_size)
-    if letters[row.tp] == "Z":
-        return HeadsMapping(mcore, hf, row.tp, architecture.num_heads)
+    if row.shape.split()[row.tp] == "V":
+        return VocabularyMapping(mcore, hf, config.vocab_size)
+    if row.by_heads:
+        return HeadsMapping(mcore, hf, row.tp, config.num_heads)
     return (ColumnParallelMapping, RowParallelMapping)[row.tp](mcore, hf)

@@ -14,21 +14,26 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.nn import functional as F
 
-from megalodon_mcore.accounting import ModelShape, training_flops_per_token
-from megalodon_mcore.config import (
-    SIZES,
-    MegalodonConfig,
-    MegalodonSize,
-    ResolvedMegalodonConfig,
-    config_from_environment,
-)
-from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.accounting import training_flops_per_token
+from megalodon_mcore.config import ARGUMENT_PREFIX, FIELDS, OWN, MegalodonConfig, names
+from megalodon_mcore.config_sources import settle
 from megalodon_mcore.options import refusal, refusals
-from megalodon_mcore.spec import ARGUMENT_PREFIX, MegalodonSpec
+from megalodon_mcore.parallel.sequence_layout import ORDER_OF_MEGATRON
+from megalodon_mcore.sizes import SIZES
+from megalodon_mcore.spec import MegalodonSpec
 from megalodon_mcore.validation import check_layout
 
-SEQUENCE_ORDER = "zigzag"
-"""How Bridge's get_batch cuts sequences for context parallelism."""
+
+def _own_field(name: str) -> tuple[str, Any, Any]:
+    default = FIELDS[name].default
+    default = None if default is dataclasses.MISSING else default
+    return ARGUMENT_PREFIX + name, FIELDS[name].type, dataclasses.field(default=default)
+
+
+OwnValues = dataclasses.make_dataclass(
+    "OwnValues", [_own_field(name) for name in OWN], module=__name__
+)
+"""`megalodon_*`: the values of MegalodonConfig that Megatron has no argument for."""
 
 
 def megalodon_block_spec(
@@ -46,10 +51,10 @@ def megalodon_block_spec(
 
 
 @dataclass
-class MegalodonModelProvider(GPTModelProvider):
+class MegalodonModelProvider(OwnValues, GPTModelProvider):
     """Builds a Megalodon from Megatron's configuration and `megalodon_*` values.
 
-    Those are `megalodon_mcore.config.MegalodonConfig`'s, None where they follow from hidden_size.
+    Those are None where they follow from hidden_size, or from num_attention_heads.
     What is set on a provider comes before the environment variable MEGALODON_CONFIG, and that
     before the values of the model that `of` was given.
     """
@@ -65,31 +70,18 @@ class MegalodonModelProvider(GPTModelProvider):
     hidden_dropout: float = 0.0
     should_pad_vocab: bool = True
 
-    megalodon_num_heads: int | None = None
-    megalodon_chunk_size: int = 2048
-    megalodon_z_dim: int | None = None
-    megalodon_value_dim: int | None = None
-    megalodon_cema_ndim: int = 16
-    megalodon_norm_num_groups: int | None = None
-    megalodon_rescale_nffn: bool = False
-    megalodon_scale_embedding: bool = False
-    megalodon_hidden_dropout: float = 0.0
-    megalodon_init_mode: str = "he"
-
     @classmethod
-    def of(cls, model: Architecture | MegalodonSize | str, **values: Any) -> MegalodonModelProvider:
-        """The provider of a model from its architecture, a size or a size's name.
+    def of(cls, model: MegalodonConfig | str, **values: Any) -> MegalodonModelProvider:
+        """The provider of a model from its configuration or a size's name.
 
         Args:
-            model: as said.
+            model: as said. A size has no vocabulary of its own.
             **values: of fields, over the model's own.
         """
+        config = SIZES[model] if isinstance(model, str) else model
+        fields = config.named("core") | {"num_attention_heads": config.num_heads}
         if isinstance(model, str):
-            model = SIZES[model]
-        if isinstance(model, MegalodonSize):
-            fields = _fields_of_size(model)
-        else:
-            fields = _fields_of_architecture(model)
+            del fields["vocab_size"]
         provider = cls(**(fields | values))
         provider._models_own = {name: z for name, z in fields.items() if name not in values}
         return provider
@@ -100,9 +92,10 @@ class MegalodonModelProvider(GPTModelProvider):
         Raises:
             ValueError: a value does not fit; one sentence names it and what would work.
         """
-        for name, value in config_from_environment().items():
-            if not self._is_set(ARGUMENT_PREFIX + name):
-                setattr(self, ARGUMENT_PREFIX + name, value)
+        given = [name for name in OWN if self._is_set(ARGUMENT_PREFIX + name)]
+        given = {name: getattr(self, ARGUMENT_PREFIX + name) for name in given}
+        for name, value in settle(given).items():
+            setattr(self, ARGUMENT_PREFIX + name, value)
         if self.megalodon_num_heads is None:
             self.megalodon_num_heads = self.num_attention_heads
         for name, derived in (
@@ -135,39 +128,13 @@ class MegalodonModelProvider(GPTModelProvider):
 
     def megalodon_spec(self) -> MegalodonSpec:
         """Builds the layers with this provider's values."""
-        own = MegalodonConfig(**self._own_values())
-        size = MegalodonSize(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            ffn_hidden_size=self.ffn_hidden_size,
-            swiglu=self.gated_linear_unit,
-            rotary_base=self.rotary_base,
-            tied_embeddings=self.share_embeddings_and_output_weights,
-            megalodon=own,
-        )
-        return MegalodonSpec(size, SEQUENCE_ORDER)
+        return MegalodonSpec(settled=self.config(), sequence_order=ORDER_OF_MEGATRON)
 
-    def resolved(self) -> ResolvedMegalodonConfig:
-        """Megalodon's values, every width a number."""
-        own = MegalodonConfig(**self._own_values())
-        return own.resolve(self.hidden_size, own.num_heads or self.num_attention_heads)
-
-    def architecture(self) -> Architecture:
-        """The model's architecture, as `megalodon-mcore convert` knows it."""
-        return Architecture(
-            vocab_size=self.vocab_size,
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            rotary_base=float(self.rotary_base),
-            norm_eps=self.layernorm_epsilon,
-            swiglu=self.gated_linear_unit,
-            tied=self.share_embeddings_and_output_weights,
-            dropout=self.hidden_dropout,
-            attention_dropout=self.attention_dropout,
-            **dataclasses.asdict(self.resolved()),
-        )
+    def config(self) -> MegalodonConfig:
+        """The model's configuration, every width a number."""
+        values = {ours: getattr(self, theirs) for ours, theirs in names("core").items()}
+        values = {name: value for name, value in values.items() if value is not None}
+        return MegalodonConfig(**({"num_heads": self.num_attention_heads} | values))
 
     def _is_set(self, name: str) -> bool:
         """Whether somebody gave a field another value than the class or the model has for it."""
@@ -176,57 +143,10 @@ class MegalodonModelProvider(GPTModelProvider):
         )
         return getattr(self, name) != own
 
-    def _own_values(self) -> dict[str, Any]:
-        names = (field.name for field in dataclasses.fields(MegalodonConfig))
-        return {name: getattr(self, ARGUMENT_PREFIX + name) for name in names}
-
     def _get_num_floating_point_operations(self, batch_size: int) -> float:
         """What Bridge logs TFLOP/s by."""
-        own = self.resolved()
-        shape = ModelShape(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            num_attention_heads=own.num_heads,
-            ffn_hidden_size=self.ffn_hidden_size,
-            swiglu=self.gated_linear_unit,
-            tied_embeddings=self.share_embeddings_and_output_weights,
-            vocab_size=self.vocab_size,
-            megalodon=own,
-        )
-        flops = training_flops_per_token(shape, self.seq_length)
+        flops = training_flops_per_token(self.config(), self.seq_length)
         return flops * batch_size * self.seq_length
-
-
-def _fields_of_size(size: MegalodonSize) -> dict[str, Any]:
-    return {
-        "num_layers": size.num_layers,
-        "hidden_size": size.hidden_size,
-        "num_attention_heads": size.num_attention_heads,
-        "ffn_hidden_size": size.ffn_hidden_size,
-        "gated_linear_unit": size.swiglu,
-        "rotary_base": size.rotary_base,
-        "share_embeddings_and_output_weights": size.tied_embeddings,
-    } | _prefixed(dataclasses.asdict(size.megalodon))
-
-
-def _fields_of_architecture(architecture: Architecture) -> dict[str, Any]:
-    return {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "num_attention_heads": architecture.num_heads,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "gated_linear_unit": architecture.swiglu,
-        "rotary_base": architecture.rotary_base,
-        "layernorm_epsilon": architecture.norm_eps,
-        "share_embeddings_and_output_weights": architecture.tied,
-        "hidden_dropout": architecture.dropout,
-        "attention_dropout": architecture.attention_dropout,
-        "vocab_size": architecture.vocab_size,
-    } | _prefixed(dataclasses.asdict(architecture.megalodon_values()))
-
-
-def _prefixed(values: dict[str, Any]) -> dict[str, Any]:
-    return {ARGUMENT_PREFIX + name: value for name, value in values.items()}
 
 
 def _has_fused_accumulation() -> bool:

@@ -15,13 +15,13 @@ import torch
 
 from megalodon_mcore.conversion.first_line import first_line
 from megalodon_mcore.conversion.hf_folder import open_hf, write_hf
-from megalodon_mcore.conversion.mapping import Parameter
 from megalodon_mcore.conversion.mcore_checkpoint import open_mcore, write_mcore
 from megalodon_mcore.conversion.megalodon_hf import PORT_DIFFERS, open_megalodon_hf
 from megalodon_mcore.conversion.model import OpenModel
 from megalodon_mcore.conversion.new_folder import new_folder
 from megalodon_mcore.conversion.released import open_released, write_released
 from megalodon_mcore.conversion.tokenizers import open_tokenizer, tokenizer_vocab_size
+from megalodon_mcore.parameters import Parameter
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

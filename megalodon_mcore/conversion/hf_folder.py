@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 import megalodon_mcore
-from megalodon_mcore.conversion.architecture import architecture_from
+from megalodon_mcore.config import config_from, names
 from megalodon_mcore.conversion.json_file import read_object, write_object
-from megalodon_mcore.conversion.mapping import Parameter, parameters
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.model_card import model_card
 from megalodon_mcore.conversion.safetensors_file import Entry
@@ -23,30 +22,7 @@ from megalodon_mcore.conversion.tokenizers import (
     open_tokenizer,
     pad_on_the_left,
 )
-
-NAMES = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "ffn_hidden_size": "intermediate_size",
-    "z_dim": "z_dim",
-    "value_dim": "value_dim",
-    "cema_ndim": "cema_ndim",
-    "norm_num_groups": "norm_num_groups",
-    "chunk_size": "chunk_size",
-    "rotary_base": "rope_theta",
-    "norm_eps": "norm_eps",
-    "swiglu": "swiglu",
-    "rescale_nffn": "rescale_nffn",
-    "scale_embedding": "scale_embedding",
-    "tied": "tie_word_embeddings",
-    "dropout": "dropout",
-    "hidden_dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "init_mode": "megalodon_init_mode",
-}
-"""config.json's names by Architecture's."""
+from megalodon_mcore.parameters import Parameter, parameters
 
 CODE = ("configuration_megalodon.py", "modeling_megalodon.py")
 AUTO_MAP = {
@@ -75,7 +51,7 @@ def open_hf(folder: Path) -> OpenModel:
         )
     # The configuration class derives what is left out; the architecture needs the numbers.
     values = _with_derived(values, origin)
-    architecture = architecture_from(values, NAMES, origin)
+    architecture = config_from(values, "hf", origin)
     tensors = TensorFolder(folder)
     known = {parameter.hf for parameter in parameters(architecture)}
     extra = tensors.names() - known - ({"lm_head.weight"} if architecture.tied else set())
@@ -137,7 +113,7 @@ def _configuration(model: OpenModel, dtype: torch.dtype) -> dict[str, Any]:
         "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    values |= {theirs: getattr(model.architecture, ours) for ours, theirs in NAMES.items()}
+    values |= model.architecture.named("hf")
     values["rope_theta"] = float(values["rope_theta"])
     values["use_cache"] = True
     chunk_size = model.architecture.chunk_size
@@ -166,8 +142,9 @@ def _with_derived(values: dict[str, Any], origin: str) -> dict[str, Any]:
     """The configuration with what save_pretrained leaves out because it is the default."""
     from megalodon_mcore.hf import MegalodonConfig
 
-    own = {theirs: values[theirs] for theirs in NAMES.values() if values.get(theirs) is not None}
-    own.pop(NAMES["init_mode"], None)
+    by_name = names("hf")
+    own = {theirs: values[theirs] for theirs in by_name.values() if values.get(theirs) is not None}
+    own.pop(by_name["init_mode"], None)
     try:
         return MegalodonConfig(**own).to_dict() | values
     except ValueError as error:

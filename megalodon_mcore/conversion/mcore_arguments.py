@@ -1,4 +1,4 @@
-"""Megatron's arguments as a checkpoint keeps them, and the architecture they stand for."""
+"""Megatron's arguments as a checkpoint keeps them, beside those that are the model's."""
 
 from __future__ import annotations
 
@@ -10,51 +10,12 @@ from typing import Any
 import torch
 
 from megalodon_mcore.checkpoint_tokenizer import tokenizer_of_checkpoint
-from megalodon_mcore.conversion.architecture import Architecture, architecture_from
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.tokenizers import (
     NULL_TOKENIZER,
     open_tokenizer,
     tokenizer_vocab_size,
 )
-
-NAMES = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "num_heads": "megalodon_num_heads",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "z_dim": "megalodon_z_dim",
-    "value_dim": "megalodon_value_dim",
-    "cema_ndim": "megalodon_cema_ndim",
-    "norm_num_groups": "megalodon_norm_num_groups",
-    "chunk_size": "megalodon_chunk_size",
-    "rotary_base": "rotary_base",
-    "norm_eps": "layernorm_epsilon",
-    "swiglu": "swiglu",
-    "rescale_nffn": "megalodon_rescale_nffn",
-    "scale_embedding": "megalodon_scale_embedding",
-    "dropout": "hidden_dropout",
-    "hidden_dropout": "megalodon_hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "init_mode": "megalodon_init_mode",
-}
-"""Megatron's names by Architecture's; the tied embedding and the vocabulary are special."""
-
-
-def architecture_of(arguments: Namespace, vocab_size: int, origin: str) -> Architecture:
-    """The architecture of a model that was trained with these arguments.
-
-    Raises:
-        ValueError: they are not Megalodon's, or do not fit together.
-    """
-    values = vars(arguments) | {
-        "tied": not getattr(arguments, "untie_embeddings_and_output_weights", False),
-        "true_vocab_size": vocab_size,
-    }
-    if values.get("megalodon_chunk_size") is None:
-        raise ValueError(f"{origin} has no Megalodon: its arguments lack megalodon_chunk_size.")
-    names = NAMES | {"tied": "tied", "vocab_size": "true_vocab_size"}
-    return architecture_from(values, names, f"{origin}'s arguments")
 
 
 def dtype_of(arguments: Namespace) -> torch.dtype:
@@ -150,7 +111,7 @@ def arguments_for(
             f"--make-vocab-size-divisible-by is {divisible_by}; it takes a positive integer."
         )
     shape = model.architecture
-    values: dict[str, Any] = {theirs: getattr(shape, ours) for ours, theirs in NAMES.items()}
+    values = shape.named("megatron")
     kind = model.tokenizer.kind if model.tokenizer else NULL_TOKENIZER
     length = model.training.get("seq_length", shape.chunk_size)
     rotary_base = shape.rotary_base

@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalodon_mcore.conversion.architecture import Architecture
-from megalodon_mcore.conversion.mapping import LAYER_PREFIXES, Parameter, parameters
+from megalodon_mcore.config import MegalodonConfig, config_from_arguments
 from megalodon_mcore.conversion.mcore_arguments import (
-    architecture_of,
     arguments_for,
     dtype_of,
     tokenizer_of,
@@ -27,17 +25,19 @@ from megalodon_mcore.conversion.model import OpenModel
 from megalodon_mcore.conversion.tokenizers import NULL_TOKENIZER, copy_tokenizer
 from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader, safe_load
 from megalodon_mcore.conversion.torch_dist_writer import TorchDistWriter
+from megalodon_mcore.parameters import (
+    LAYER_PREFIXES,
+    LINEAR_MODULES,
+    Parameter,
+    checkpoint_suffix,
+    parameters,
+)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state/shard_0_1"
 EMBEDDING = "embedding.word_embeddings.weight"
 PADDED = (EMBEDDING, "output_layer.weight")
 LAYER = LAYER_PREFIXES["mcore"]
-EXTRA_STATES = (
-    *("mixer.linear_z", "mixer.linear_v", "mixer.linear_r", "mixer.linear_proj"),
-    *("feed_forward.linear_fc1", "feed_forward.linear_fc2"),
-)
-"""Megatron's linear layers, which each want an (empty) extra state of theirs."""
 
 
 def open_mcore(
@@ -77,7 +77,7 @@ def open_mcore(
     found, true_vocab_size = tokenizer_of(
         arguments, place.absolute().parent, embedding[0], tokenizer, vocab_size
     )
-    architecture = architecture_of(arguments, true_vocab_size, str(place))
+    architecture = config_from_arguments(arguments, true_vocab_size, str(place))
     model = OpenModel(
         place,
         architecture,
@@ -145,7 +145,8 @@ def write_mcore(
         for parameter in progress(list(parameters(model.architecture))):
             _write(writer, parameter, model.read(parameter, dtype), arguments)
         for layer in range(layers):
-            for module in EXTRA_STATES:
+            # Megatron's linear layers each want an (empty) extra state of theirs.
+            for module in LINEAR_MODULES:
                 key = f"{LAYER}{module}._extra_state/shard_{layer}_{layers}"
                 writer.write_object(key, [None])
         common = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0}
@@ -178,16 +179,7 @@ def _key(parameter: Parameter) -> str:
     """The tensor of the checkpoint that has a parameter."""
     row = parameter.row
     name = row.mcore if parameter.layer is None else f"{LAYER}{row.mcore}"
-    parts_apart = row.part is not None and row.part.axis == 1
-    return f"{name}_h{row.part.index + 1}" if parts_apart else name
-
-
-def _shape_in_key(parameter: Parameter) -> tuple[tuple[int, ...], int]:
-    """The shape of that tensor in one layer, and the row of it where the parameter begins."""
-    shape, part = parameter.shape, parameter.row.part
-    if part is None or part.axis == 1:
-        return shape, 0
-    return shape, part.index * shape[0]
+    return name + checkpoint_suffix(row)
 
 
 def _key_of_layer(reader: TorchDistReader, parameter: Parameter) -> tuple[str, bool]:
@@ -213,7 +205,7 @@ def _first_row(parameter: Parameter) -> int:
     return 0 if part is None or part.axis == 1 else part.index * parameter.shape[0]
 
 
-def _fetch(reader: TorchDistReader, parameter: Parameter, architecture: Architecture) -> Tensor:
+def _fetch(reader: TorchDistReader, parameter: Parameter, architecture: MegalodonConfig) -> Tensor:
     key, stacked = _key_of_layer(reader, parameter)
     whole = reader.shape(key)
     if whole is None:
@@ -234,7 +226,7 @@ def _fetch(reader: TorchDistReader, parameter: Parameter, architecture: Architec
     return reader.read(key, [(parameter.layer, parameter.layer + 1), *ranges]).squeeze(0)
 
 
-def _refuse_others(reader: TorchDistReader, architecture: Architecture) -> None:
+def _refuse_others(reader: TorchDistReader, architecture: MegalodonConfig) -> None:
     known = {_key_of_layer(reader, parameter)[0] for parameter in parameters(architecture)}
     prefixes = ("embedding.", "decoder.", "output_layer.")
     for key in reader.entries:

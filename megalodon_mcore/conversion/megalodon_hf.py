@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_mcore.conversion.architecture import Architecture, architecture_from
+from megalodon_mcore.config import MegalodonConfig, config_from
 from megalodon_mcore.conversion.json_file import read_object
-from megalodon_mcore.conversion.mapping import Parameter, parameters
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
-from megalodon_mcore.conversion.released import NAMES as RELEASED_NAMES
 from megalodon_mcore.conversion.tensor_folder import TensorFolder
 from megalodon_mcore.conversion.tokenizers import NULL_TOKENIZER, open_tokenizer
+from megalodon_mcore.parameters import Parameter, parameters
 
 PORT_DIFFERS = (
     "megalodon-hf's TimestepNorm takes the variance of group means over time, Megalodon's that of "
@@ -83,7 +82,7 @@ def open_megalodon_hf(folder: Path) -> OpenModel:
     values["share_emb"] = "lm_head.weight" not in tensors.names() or torch.equal(
         tensors.read("lm_head.weight"), tensors.read("model.embed.weight")
     )
-    architecture = architecture_from(values, RELEASED_NAMES, origin)
+    architecture = config_from(values, "released", origin)
     _check_names(tensors, architecture, values, folder)
     dtype = tensors.read("model.embed.weight").dtype
     named = {torch.bfloat16, torch.float16}
@@ -118,7 +117,10 @@ def _name(parameter: Parameter) -> str:
 
 
 def _fetch(
-    tensors: TensorFolder, parameter: Parameter, architecture: Architecture, values: dict[str, Any]
+    tensors: TensorFolder,
+    parameter: Parameter,
+    architecture: MegalodonConfig,
+    values: dict[str, Any],
 ) -> Tensor:
     own, name = parameter.row.hf, _name(parameter)
     if own == "ffn.rescale.weight":
@@ -143,7 +145,7 @@ def _fetch(
 
 
 def _check_names(
-    tensors: TensorFolder, architecture: Architecture, values: dict[str, Any], folder: Path
+    tensors: TensorFolder, architecture: MegalodonConfig, values: dict[str, Any], folder: Path
 ) -> None:
     known = {"lm_head.weight"}
     for parameter in parameters(architecture):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.conversion.first_line import first_line
-from megalodon_mcore.conversion.mapping import Parameter
+from megalodon_mcore.parameters import Parameter
 
 
 class Tokenizer(NamedTuple):
@@ -33,7 +33,7 @@ class OpenModel:
     """A checkpoint's contents; tensors are read one at a time, when they are asked for."""
 
     folder: Path
-    architecture: Architecture
+    architecture: MegalodonConfig
     dtype: torch.dtype
     """Of all parameters that do not stay float32."""
     fetch: Callable[[Parameter], Tensor]

@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-from megalodon_mcore.conversion.mapping import number_of_values, parameters
 from megalodon_mcore.conversion.model import OpenModel
 from megalodon_mcore.conversion.tokenizers import NULL_TOKENIZER
+from megalodon_mcore.parameters import number_of_values, parameters
 
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_mcore.conversion.architecture import Architecture, architecture_from
+from megalodon_mcore.config import MegalodonConfig, config_from
 from megalodon_mcore.conversion.json_file import read_object, write_object
-from megalodon_mcore.conversion.mapping import Parameter, parameters
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.tokenizers import (
     NULL_TOKENIZER,
@@ -25,30 +24,7 @@ from megalodon_mcore.conversion.tokenizers import (
 )
 from megalodon_mcore.conversion.torch_dist_reader import safe_load
 from megalodon_mcore.conversion.torch_file import TorchFile, unwritten
-
-NAMES = {
-    "vocab_size": "vocab_size",
-    "num_layers": "num_layers",
-    "hidden_size": "model_dim",
-    "num_heads": "num_heads",
-    "ffn_hidden_size": "ffn_hidden_dim",
-    "z_dim": "z_dim",
-    "value_dim": "value_dim",
-    "cema_ndim": "cema_ndim",
-    "norm_num_groups": "norm_num_groups",
-    "chunk_size": "chunk_size",
-    "rotary_base": "rope_base",
-    "norm_eps": "norm_eps",
-    "swiglu": "swiglu",
-    "rescale_nffn": "rescale_nffn",
-    "scale_embedding": "scale_emb",
-    "tied": "share_emb",
-    "dropout": "dropout",
-    "hidden_dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "init_mode": "init_mode",
-}
-"""ModelConf's names by Architecture's."""
+from megalodon_mcore.parameters import Parameter, parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUTPUT, EMBEDDING, FREQUENCIES = "output.output.weight", "embed.weight", "rope.freqs"
@@ -79,7 +55,7 @@ def open_released(folder: Path) -> OpenModel:
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = len(_tensor(shards[0], EMBEDDING, folder))
     _refuse_unusual(values, folder)
-    architecture = architecture_from(values, NAMES, f"{folder}/config.json")
+    architecture = config_from(values, "released", f"{folder}/config.json")
     _check_keys(shards, architecture, folder)
     _check_constants(shards, architecture, folder)
     training = configuration.get(TRAINING)
@@ -147,14 +123,14 @@ def file_names(ranks: int) -> list[str]:
     return [f"consolidated.{rank:02d}.pth" for rank in range(ranks)]
 
 
-def frequencies(architecture: Architecture) -> Tensor:
+def frequencies(architecture: MegalodonConfig) -> Tensor:
     """The buffer `rope.freqs`: float32 [Z / heads / 2], computed as the released code does."""
     width = architecture.z_dim // architecture.num_heads
     powers = [architecture.rotary_base ** (j / width) for j in range(0, width, 2)]
     return 1.0 / torch.tensor(powers, dtype=torch.float32)
 
 
-def _priors(architecture: Architecture, ranks: int) -> Iterable[tuple[str, Tensor]]:
+def _priors(architecture: MegalodonConfig, ranks: int) -> Iterable[tuple[str, Tensor]]:
     """TimestepNorm's buffers: a count of zero, and what it then makes no use of."""
     prefixes = [f"layers.{layer}.mega.timenorm" for layer in range(architecture.num_layers)]
     for prefix in (*prefixes, "output.final_norm"):
@@ -176,7 +152,7 @@ def _split_shape(parameter: Parameter, ranks: int) -> tuple[int, ...]:
     return tuple(z // ranks if i == axis else z for i, z in enumerate(parameter.shape))
 
 
-def _check_ranks(architecture: Architecture, ranks: int) -> None:
+def _check_ranks(architecture: MegalodonConfig, ranks: int) -> None:
     for name in ("num_heads", "norm_num_groups", "hidden_size", "ffn_hidden_size"):
         if ranks < 1 or getattr(architecture, name) % ranks:
             raise ValueError(
@@ -186,7 +162,7 @@ def _check_ranks(architecture: Architecture, ranks: int) -> None:
 
 
 def _configuration(model: OpenModel, ranks: int, folder: Path) -> dict[str, Any]:
-    values = {theirs: getattr(model.architecture, ours) for ours, theirs in NAMES.items()}
+    values = model.architecture.named("released")
     values |= {"output_size": -1, "norm_affine": True, "efficient_attn": None}
     values["rope_base"] = float(values["rope_base"])
     tokenizer: dict[str, Any] = {"path": None}
@@ -247,7 +223,7 @@ def _joined(shards: list[dict[str, Tensor]], parameter: Parameter, folder: Path)
     return torch.cat(parts, dim=parameter.row.split) if len(parts) > 1 else parts[0]
 
 
-def _check_keys(shards: list[dict], architecture: Architecture, folder: Path) -> None:
+def _check_keys(shards: list[dict], architecture: MegalodonConfig, folder: Path) -> None:
     known = {parameter.released for parameter in parameters(architecture)}
     known |= {OUTPUT, FREQUENCIES} | {name for name, _ in _priors(architecture, 1)}
     for shard in shards:
@@ -257,7 +233,7 @@ def _check_keys(shards: list[dict], architecture: Architecture, folder: Path) ->
                 raise ValueError(f"{folder} {kind} {min(names)}{after}.")
 
 
-def _check_constants(shards: list[dict], architecture: Architecture, folder: Path) -> None:
+def _check_constants(shards: list[dict], architecture: MegalodonConfig, folder: Path) -> None:
     width = architecture.z_dim // architecture.num_heads
     if any(tuple(shard[FREQUENCIES].shape) != (-(-width // 2),) for shard in shards):
         raise ValueError(

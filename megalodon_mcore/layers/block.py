@@ -19,7 +19,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
 from megalodon_mcore.layers.mixer import MegalodonMixer, MixerState
@@ -40,9 +40,8 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         self,
         config: TransformerConfig,
         submodules: MegalodonLayerSubmodules,
-        megalodon: ResolvedMegalodonConfig,
-        rotary_base: float,
-        sequence_order: str = "zigzag",
+        megalodon: MegalodonConfig,
+        sequence_order: str,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
@@ -69,7 +68,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             "parallel": ModelParallel(pg_collection, config.sequence_parallel, sequence_order),
             "device": parameter_device(config),
         }
-        self.mixer = MegalodonMixer(rotary_base=rotary_base, **common)
+        self.mixer = MegalodonMixer(**common)
         self.feed_forward = MegalodonFeedForward(layer_number=self.layer_number, **common)
 
     def forward(
@@ -153,7 +152,7 @@ class FinalTimestepNorm(TimestepNorm):
         hidden_size: int,
         eps: float,
         num_groups: int,
-        sequence_order: str = "zigzag",
+        sequence_order: str,
     ) -> None:
         super().__init__(hidden_size, num_groups, eps, parameter_device(config))
         self.output_dtype = config.params_dtype

@@ -19,9 +19,13 @@ from megalodon_mcore.layers.float32_module import (
     float32_parameter,
     parameter_version,
 )
-from megalodon_mcore.layers.initialization import initialize_cema
+from megalodon_mcore.layers.initialization import initialize_
 from megalodon_mcore.parallel.sequence_layout import Segment
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
+from megalodon_mcore.parameters import LAYER_ROWS, Row
+
+PREFIX = "mixer.cema."
+"""Of its parameters in the table."""
 
 
 class ComplexEMA(Float32Module):
@@ -46,28 +50,18 @@ class ComplexEMA(Float32Module):
         shares: int = 1,
     ) -> None:
         super().__init__()
-        shapes = {
-            "alpha": (cema_ndim, 1),
-            "delta": (cema_ndim, 1),
-            "theta": (1, 1),
-            "gamma": (cema_ndim, 2),
-            "omega": (1,),
-        }
         self._step: StepWeights | None = None
         self._step_versions: list[int] = []
-        channels = hidden_size // shares
-        for name, shape in shapes.items():
-            self.register_parameter(name, float32_parameter((channels, *shape), device))
-        if initialize:
-            # Of all channels, since the frequencies are dealt out among them.
-            whole = {
-                name: torch.empty(hidden_size, *shape, device=device)
-                for name, shape in shapes.items()
-            }
-            initialize_cema(**whole)
-            with torch.no_grad():
-                for name, values in whole.items():
-                    getattr(self, name).copy_(values.chunk(shares)[share])
+        for name, row in rows_by_name().items():
+            whole = row.shape_of(D=hidden_size, N=cema_ndim)
+            parameter = float32_parameter((hidden_size // shares, *whole[1:]), device)
+            self.register_parameter(name, parameter)
+            if initialize:
+                # Of all channels, since the frequencies are dealt out among them.
+                values = torch.empty(whole, device=device)
+                initialize_(values, row)
+                with torch.no_grad():
+                    parameter.copy_(values.chunk(shares)[share])
 
     def forward(
         self,
@@ -141,3 +135,9 @@ class ComplexEMA(Float32Module):
         exponents = torch.tensor(distances, dtype=torch.float64, device=states.device)
         decay = powers(log_magnitude, turns, exponents, states.dtype.to_real())
         return torch.einsum("dsn,sbdn->bdn", decay, states[:before])
+
+
+def rows_by_name() -> dict[str, Row]:
+    """CEMA's rows of the table of parameters, by their names here."""
+    rows = (row for row in LAYER_ROWS if row.mcore.startswith(PREFIX))
+    return {row.mcore.removeprefix(PREFIX): row for row in rows}

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.kernels.gates import swiglu
 from megalodon_mcore.layers.float32_module import Float32Module
-from megalodon_mcore.layers.initialization import projection_initializer
+from megalodon_mcore.layers.initialization import weight_initializer
 from megalodon_mcore.layers.norms import LayerNormParameters
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
-from megalodon_mcore.muon import Matrices, mark_matrices
 from megalodon_mcore.parallel import dropout_rng
 from megalodon_mcore.parallel.model_parallel import ModelParallel
-from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
+from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
 from megalodon_mcore.parallel.tensor_split import TensorSplit
 
 
@@ -46,7 +44,7 @@ class MegalodonFeedForward(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        megalodon: ResolvedMegalodonConfig,
+        megalodon: MegalodonConfig,
         layer_number: int,
         submodules: MegalodonLayerSubmodules,
         pg_collection: ProcessGroupCollection,
@@ -54,31 +52,28 @@ class MegalodonFeedForward(MegatronModule):
         device: torch.device,
     ) -> None:
         super().__init__(config=config)
+        self.megalodon = megalodon
         self.tp_group = pg_collection.tp
         self.split = TensorSplit(pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel)
         hidden_size, ffn_size = config.hidden_size, config.ffn_hidden_size
-        self.hidden_dropout = megalodon.hidden_dropout
         self.swiglu = config.gated_linear_unit
         self.norm = submodules.feed_forward_norm(hidden_size, config.layernorm_epsilon, device)
         self.linear_fc1 = submodules.linear_fc1(
             hidden_size,
             2 * ffn_size if self.swiglu else ffn_size,
             config=config,
-            init_method=projection_initializer(megalodon.init_mode, hidden_size, ffn_size),
+            init_method=weight_initializer("feed_forward.linear_fc1.weight", megalodon),
             bias=False,
             gather_output=False,
             skip_bias_add=False,
             tp_comm_buffer_name="fc1",
             tp_group=pg_collection.tp,
         )
-        if self.swiglu:
-            apart = [ffn_size // self.split.size] * 2
-            mark_matrices(self.linear_fc1.weight, Matrices(apart, axis=0))
         self.linear_fc2 = submodules.linear_fc2(
             ffn_size,
             hidden_size,
             config=config,
-            init_method=projection_initializer(megalodon.init_mode, ffn_size, hidden_size),
+            init_method=weight_initializer("feed_forward.linear_fc2.weight", megalodon),
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
@@ -90,9 +85,7 @@ class MegalodonFeedForward(MegatronModule):
             if megalodon.rescale_nffn
             else None
         )
-        if parallel.sequence_parallel:
-            for module in filter(None, (self.norm, self.rescale)):
-                mark_sequence_parallel(module)
+        mark_parameters(self, "feed_forward.", megalodon, self.split)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[length, batch, hidden_size] to the FFN's output, rescaled, without the residual."""
@@ -103,7 +96,7 @@ class MegalodonFeedForward(MegatronModule):
             hidden, _ = self.linear_fc1(normalized)
         hidden = swiglu(hidden) if self.swiglu else F.silu(hidden)
         with dropout_rng.for_own_part(self.split):
-            hidden = F.dropout(hidden, self.hidden_dropout, self.training)
+            hidden = F.dropout(hidden, self.megalodon.hidden_dropout, self.training)
         output, _ = self.linear_fc2(hidden)
         output = F.dropout(output, self.config.hidden_dropout, self.training)
         return output if self.rescale is None else self.rescale(output)
@@ -116,7 +109,13 @@ class MegalodonFeedForward(MegatronModule):
     ) -> dict:
         """Megatron's entries, with W1 and W3 each cut over the ranks, as in Megatron's own MLP."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.swiglu:
-            key = f"{prefix}linear_fc1.weight"
-            sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets)
-        return sharded
+        return sharded_by_table(
+            self,
+            "feed_forward.",
+            self.megalodon,
+            self.split,
+            sharded,
+            sharded_offsets,
+            metadata,
+            prefix,
+        )

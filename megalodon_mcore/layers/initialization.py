@@ -9,6 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.parameters import LAYER_ROWS, Row
+
 Initializer = Callable[[Tensor], Tensor]
 
 
@@ -52,21 +55,42 @@ def concatenated_initializer(initializers: list[Initializer], sizes: list[int]) 
     return torch.no_grad()(initialize)
 
 
+def weight_initializer(name: str, config: MegalodonConfig, ranks: int = 1) -> Initializer:
+    """The initializer of a rank's part of a linear layer's weight.
+
+    Args:
+        name: the weight's, in the table of parameters.
+        config: of the model.
+        ranks: how many share the columns of weights that lie side by side.
+    """
+    rows = [row for row in LAYER_ROWS if row.mcore == name]
+    shapes = [row.shape_in(config) for row in rows]
+    parts = [
+        projection_initializer(config.init_mode, fan_in=shape[1], fan_out=shape[0])
+        for shape in shapes
+    ]
+    if rows[0].part is None or rows[0].part.axis == 0:
+        return parts[0]
+    return concatenated_initializer(parts, [shape[1] // ranks for shape in shapes])
+
+
 @torch.no_grad()
-def initialize_cema(
-    alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor
-) -> None:
-    """Fills CEMA's parameters in place; shapes as in the CEMA kernel."""
-    channels = theta.shape[0]
-    alpha.normal_(mean=0.0, std=0.2)
-    delta.normal_(mean=0.0, std=0.2)
-    frequencies = torch.exp(
-        -math.log(channels) / channels * torch.arange(1, channels + 1, dtype=torch.float64)
-    )
-    shuffled = frequencies[torch.randperm(channels)]
-    # One channel has the single frequency 1, whose logit is infinite; the released code never
-    # meets it, so it starts at the largest finite float32 sigmoid below one.
-    theta.copy_(torch.logit(shuffled, eps=1e-7).view(channels, 1, 1))
-    gamma[..., 0].normal_(mean=0.0, std=1.0)
-    gamma[..., 1].zero_()
-    nn.init.trunc_normal_(omega, mean=0.0, std=0.25, a=-1.0, b=1.0)
+def initialize_(parameter: Tensor, row: Row) -> None:
+    """Fills one of CEMA's parameters in place as its row of the table says; all channels of it."""
+    if row.init == "decay":
+        parameter.normal_(mean=0.0, std=0.2)
+    elif row.init == "frequency":
+        channels = len(parameter)
+        steps = torch.arange(1, channels + 1, dtype=torch.float64)
+        frequencies = torch.exp(-math.log(channels) / channels * steps)
+        shuffled = frequencies[torch.randperm(channels)]
+        # One channel has the single frequency 1, whose logit is infinite; the released code never
+        # meets it, so it starts at the largest finite float32 sigmoid below one.
+        parameter.copy_(torch.logit(shuffled, eps=1e-7).view(channels, 1, 1))
+    elif row.init == "readout":
+        parameter[..., 0].normal_(mean=0.0, std=1.0)
+        parameter[..., 1].zero_()
+    elif row.init == "direct":
+        nn.init.trunc_normal_(parameter, mean=0.0, std=0.25, a=-1.0, b=1.0)
+    else:
+        raise ValueError(f"{row.mcore} is none of CEMA's parameters.")

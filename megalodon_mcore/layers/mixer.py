@@ -13,31 +13,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon_mcore.config import ResolvedMegalodonConfig
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu
 from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.cema import ComplexEMA
-from megalodon_mcore.layers.initialization import concatenated_initializer, projection_initializer
+from megalodon_mcore.layers.initialization import weight_initializer
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
 from megalodon_mcore.layers.query_key import QueryKey
-from megalodon_mcore.layers.submodules import Builder, MegalodonLayerSubmodules
-from megalodon_mcore.muon import Matrices, mark_matrices
+from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
 from megalodon_mcore.parallel import dropout_rng
-from megalodon_mcore.parallel.checkpoint_shards import (
-    TensorShare,
-    column_parts_factory,
-    sharded_module,
-)
 from megalodon_mcore.parallel.chunk_prefix import with_chunk_prefixes
 from megalodon_mcore.parallel.model_parallel import ModelParallel
+from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
-from megalodon_mcore.parallel.shared_parameters import (
-    mark_sequence_parallel,
-    mark_split,
-    start_alike,
-    sum_gradient_over,
-)
 from megalodon_mcore.parallel.tensor_split import TensorSplit
 
 
@@ -61,8 +50,7 @@ class MegalodonMixer(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        megalodon: ResolvedMegalodonConfig,
-        rotary_base: float,
+        megalodon: MegalodonConfig,
         submodules: MegalodonLayerSubmodules,
         pg_collection: ProcessGroupCollection,
         parallel: ModelParallel,
@@ -90,13 +78,14 @@ class MegalodonMixer(MegatronModule):
             shares=split.size,
         )
         self.cema_norm = RMSNorm(hidden_size, eps, device)
-        head_dim = megalodon.z_dim // megalodon.num_heads
         self.query_key = QueryKey(
-            split.heads, head_dim, eps, rotary_base, megalodon.chunk_size, device
+            split.heads,
+            megalodon.head_dim,
+            eps,
+            megalodon.rotary_base,
+            megalodon.chunk_size,
+            device,
         )
-
-        def initializer(fan_in: int, fan_out: int):  # noqa: ANN202
-            return projection_initializer(megalodon.init_mode, fan_in, fan_out)
 
         # Their inputs are gathered before and gradients of those summed after, once for all three.
         column_config = copy.copy(config)
@@ -108,12 +97,12 @@ class MegalodonMixer(MegatronModule):
             shared_config = copy.copy(column_config)
             shared_config.gradient_accumulation_fusion = False
 
-        def column(build: Builder, output_size: int, shared: bool = False) -> torch.nn.Module:
-            return build(
+        def column(name: str, output_size: int, shared: bool = False) -> torch.nn.Module:
+            return getattr(submodules, name)(
                 hidden_size,
                 output_size // split.head_shares if shared else output_size,
                 config=shared_config if shared else column_config,
-                init_method=initializer(hidden_size, output_size),
+                init_method=weight_initializer(f"mixer.{name}.weight", megalodon),
                 bias=True,
                 gather_output=False,
                 skip_bias_add=False,
@@ -121,53 +110,25 @@ class MegalodonMixer(MegatronModule):
                 tp_group=split.own_group() if shared else pg_collection.tp,
             )
 
-        self.linear_z = column(submodules.linear_z, megalodon.z_dim, shared=split.shares_heads)
-        self.linear_v = column(submodules.linear_v, megalodon.value_dim)
-        self.linear_r = column(submodules.linear_r, megalodon.value_dim)
-        self.proj_columns = [hidden_size // split.size, megalodon.value_dim // split.size]
+        self.linear_z = column("linear_z", megalodon.z_dim, shared=split.shares_heads)
+        self.linear_v = column("linear_v", megalodon.value_dim)
+        self.linear_r = column("linear_r", megalodon.value_dim)
         self.linear_proj = submodules.linear_proj(
             hidden_size + megalodon.value_dim,
             hidden_size,
             config=config,
-            init_method=concatenated_initializer(
-                [
-                    initializer(hidden_size, hidden_size),
-                    initializer(megalodon.value_dim, hidden_size),
-                ],
-                self.proj_columns,
-            ),
+            init_method=weight_initializer("mixer.linear_proj.weight", megalodon, split.size),
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
             tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
-        mark_matrices(self.linear_proj.weight, Matrices(self.proj_columns, axis=1))
-        if split.size > 1:
-            self._keep_ranks_in_step()
+        mark_parameters(self, "mixer.", megalodon, split)
 
     def refresh_cache(self) -> None:
         """What Megatron calls after it has written new weights into a model that generates."""
         self.cema.refresh_cache()
-
-    def _keep_ranks_in_step(self) -> None:
-        split = self.split
-        for parameter in self.cema.parameters():
-            mark_split(parameter, axis=0)
-        if split.sequence_parallel:
-            mark_sequence_parallel(self.timestep_norm)
-        # Every rank computes it whole, and sees the gradient of what it goes on to compute.
-        sum_gradient_over(self.cema_norm.weight, split.group)
-        for parameter in self.query_key.parameters():
-            mark_split(parameter, axis=1, counts_here=split.rank_in_head == 0)
-        if split.shares_heads:
-            for parameter in self.linear_z.parameters():
-                mark_split(parameter, axis=0, counts_here=split.rank_in_head == 0)
-                start_alike(parameter, split.head_group())
-            rows = [self.linear_z.weight.shape[0]]
-            mark_matrices(self.linear_z.weight, Matrices(rows, 0, split.ranks_per_head))
-            for parameter in (*self.linear_z.parameters(), *self.query_key.parameters()):
-                sum_gradient_over(parameter, split.head_group())
 
     def forward(
         self,
@@ -286,23 +247,10 @@ class MegalodonMixer(MegatronModule):
         """Megatron's entries, with the shares that its default does not know."""
         split = self.split
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        shares = {
-            "cema": TensorShare(0, split.rank, split.size, 0),
-            "query_key": TensorShare(1, split.head_share, split.head_shares, split.rank_in_head),
-        }
         if split.shares_heads:
-            shares["linear_z"] = TensorShare(
-                0, split.head_share, split.head_shares, split.rank_in_head
-            )
             # The layer takes itself for the only one of its kind.
             extra_state = sharded[f"{prefix}linear_z._extra_state"]
             extra_state.replica_id = sharded[f"{prefix}linear_v._extra_state"].replica_id
-        for name, share in shares.items():
-            sharded |= sharded_module(
-                getattr(self, name), f"{prefix}{name}.", share, sharded_offsets, metadata
-            )
-        key = f"{prefix}linear_proj.weight"
-        sharded[key] = column_parts_factory(
-            sharded[key], self.proj_columns, ["_h1", "_h2"], split.rank, split.size, sharded_offsets
+        return sharded_by_table(
+            self, "mixer.", self.megalodon, split, sharded, sharded_offsets, metadata, prefix
         )
-        return sharded

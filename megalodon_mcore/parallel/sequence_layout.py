@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SEQUENCE_ORDERS = ("contiguous", "zigzag")
+ORDER_OF_MEGATRON = "zigzag"
+"""How get_batch of Megatron's scripts and of Bridge cuts."""
 
 
 class Segment(NamedTuple):

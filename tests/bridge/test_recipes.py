@@ -11,9 +11,9 @@ from needs_bridge import needs_bridge
 
 from conversion.conversion_samples import convert, hf_folder
 from megalodon_mcore.accounting import ModelShape
-from megalodon_mcore.config import SIZES
 from megalodon_mcore.planning.layout import ParallelLayout, check_layout
 from megalodon_mcore.planning.report import memory
+from megalodon_mcore.sizes import SIZES
 from training.runs import launch, scalars
 
 pytestmark = [pytest.mark.bridge, needs_bridge]

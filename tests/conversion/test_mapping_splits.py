@@ -4,8 +4,7 @@ import pytest
 
 from building import build
 from fake_world import fake_rank
-from megalodon_mcore.config import MegalodonConfig
-from megalodon_mcore.conversion.mapping import LAYER_PREFIXES, LAYER_ROWS, MODEL_ROWS
+from megalodon_mcore.parameters import LAYER_PREFIXES, LAYER_ROWS, MODEL_ROWS
 from megalodon_mcore.planning.layout import ParallelLayout
 
 
@@ -15,7 +14,7 @@ def test_the_table_knows_how_tensor_parallelism_cuts(heads):
     table |= {f"{LAYER_PREFIXES['mcore']}0.{row.mcore}": row.tp for row in LAYER_ROWS}
     with fake_rank(ParallelLayout(seq_length=64, tp=2)):
         model, _ = build(
-            MegalodonConfig(num_heads=heads, rescale_nffn=True),
+            dict(num_heads=heads, rescale_nffn=True),
             heads=2,
             num_layers=1,
             swiglu=True,

@@ -8,12 +8,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from convert_memory import architecture, conversions, random_checkpoint
-from megalodon_mcore.conversion.architecture import Architecture
+from megalodon_mcore.config import MegalodonConfig
 
 
 @pytest.mark.slow
 def test_what_a_conversion_adds_to_the_process_is_a_small_part_of_the_checkpoint(tmp_path):
-    shapes = {"tiny": Architecture(64, 1, 32, 1, 32, 8, 64, 4, 1, 16)}
+    shapes = {
+        "tiny": MegalodonConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_heads=1,
+            ffn_hidden_size=32,
+            cema_ndim=4,
+            chunk_size=16,
+            vocab_size=64,
+        )
+    }
     shapes["200m"] = architecture("200m", vocab_size=256)
     peaks = {}
     for name, shape in shapes.items():

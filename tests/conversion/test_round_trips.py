@@ -14,11 +14,11 @@ from conversion_samples import (
 )
 from transformers import AutoConfig, AutoTokenizer
 
-from megalodon_mcore.conversion.hf_folder import NAMES, open_hf
-from megalodon_mcore.conversion.mapping import number_of_values, parameters
+from megalodon_mcore.conversion.hf_folder import open_hf
 from megalodon_mcore.conversion.mcore_checkpoint import open_mcore
 from megalodon_mcore.conversion.released import open_released
 from megalodon_mcore.data.byte_tokenizer import encode_bytes
+from megalodon_mcore.parameters import number_of_values, parameters
 
 CHAINS = [
     ("hf",),
@@ -187,10 +187,3 @@ def test_a_fine_tuned_folder_comes_back(tmp_path):
     convert("hf", "mcore", tmp_path / "tuned", tmp_path / "mcore")
     convert("mcore", "hf", tmp_path / "mcore", tmp_path / "again")
     assert_same_tensors(hf_tensors(tmp_path / "again"), expected)
-
-
-def test_what_configurations_call_each_value():
-    from megalodon_mcore.hf import MegalodonConfig
-
-    own = set(MegalodonConfig().to_dict())
-    assert set(NAMES.values()) - own == {"megalodon_init_mode"}

@@ -9,9 +9,9 @@ import torch
 from conversion_samples import convert
 
 import straight_line
-from megalodon_mcore.conversion.mapping import parameters
 from megalodon_mcore.conversion.mcore_checkpoint import open_mcore
 from megalodon_mcore.conversion.released import open_released
+from megalodon_mcore.parameters import parameters
 from training.runs import DATA, MODEL, SCHEDULE, launch, save_to, train
 
 TIED = tuple(z for z in MODEL if z != "--untie-embeddings-and-output-weights")

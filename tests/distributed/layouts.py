@@ -1,15 +1,14 @@
 """What is trained, and how it is spread over ranks."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from building import transformer_config
-from megalodon_mcore.config import MegalodonConfig, MegalodonSize
+from building import megalodon_config, transformer_config
 from megalodon_mcore.spec import MegalodonSpec
 
 
@@ -30,13 +29,16 @@ class Model:
     sequence_length: int = 48
     global_batch: int = 4
     micro_batch: int = 2
-    megalodon: MegalodonConfig = field(
-        default=MegalodonConfig(chunk_size=16, cema_ndim=4, norm_num_groups=4)
+    own: tuple[tuple[str, Any], ...] = (
+        ("chunk_size", 16),
+        ("cema_ndim", 4),
+        ("norm_num_groups", 4),
     )
+    """Values that Megatron has no argument for."""
 
     def with_megalodon(self, **values: Any) -> "Model":
         """A copy with some of Megalodon's own values replaced."""
-        return dataclasses.replace(self, megalodon=self.megalodon.override(values))
+        return dataclasses.replace(self, own=(*self.own, *values.items()))
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,14 @@ def build_chunk(
     vp_stage: int | None = None,
 ) -> GPTModel:
     """This rank's part of the model, in one (virtual) pipeline stage."""
-    size = MegalodonSize(
-        model.num_layers,
-        model.hidden_size,
-        model.heads,
-        model.ffn,
-        model.swiglu,
-        10_000,
-        model.tied,
-        model.megalodon.override({"num_heads": model.heads, "hidden_dropout": model.dropout}),
+    megalodon = megalodon_config(
+        config,
+        tied=model.tied,
+        **(dict(model.own) | {"num_heads": model.heads, "hidden_dropout": model.dropout}),
     )
     return GPTModel(
         config=config,
-        transformer_layer_spec=MegalodonSpec(size, sequence_order=layout.sequence_order),
+        transformer_layer_spec=MegalodonSpec(megalodon, sequence_order=layout.sequence_order),
         vocab_size=model.vocab_size,
         max_sequence_length=model.sequence_length,
         share_embeddings_and_output_weights=model.tied,

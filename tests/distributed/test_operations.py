@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import distributed as dist
 
 from building import randomize, transformer_config
-from megalodon_mcore.config import MegalodonConfig, ResolvedMegalodonConfig
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.block import MegalodonLayer, MegalodonLayerSubmodules
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS, context_parallel_layout
 from megalodon_mcore.parallel.subgroups import subgroup
@@ -34,7 +34,7 @@ class Draw:
     hidden_size: int
     ffn: int
     swiglu: bool
-    megalodon: ResolvedMegalodonConfig
+    megalodon: MegalodonConfig
     batch: int
     length: int
 
@@ -48,7 +48,12 @@ def draw(world_size: int, seed: int) -> Draw:
     heads = pick.choice([*shared, tp, 2 * tp])
     groups = pick.choice([1, 2, 4])
     hidden_size = 4 * tp * groups * pick.choice([1, 2])
-    own = MegalodonConfig(
+    ffn, swiglu = tp * pick.choice([3, 8]), pick.random() < 0.5
+    megalodon = MegalodonConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn,
+        swiglu=swiglu,
         num_heads=heads,
         chunk_size=pick.choice([1, 3, 8, 10, 16, 64]),
         # Narrower heads now and then are near zero, where their norm magnifies rounding.
@@ -65,9 +70,9 @@ def draw(world_size: int, seed: int) -> Draw:
         order=pick.choice(SEQUENCE_ORDERS),
         heads=heads,
         hidden_size=hidden_size,
-        ffn=tp * pick.choice([3, 8]),
-        swiglu=pick.random() < 0.5,
-        megalodon=own.resolve(hidden_size, heads),
+        ffn=ffn,
+        swiglu=swiglu,
+        megalodon=megalodon,
         batch=pick.choice([1, 2, 3]),
         length=2 * cp * tp * pick.choice([1, 2, 3, 5]),
     )
@@ -135,7 +140,7 @@ def build_block(drawn: Draw, groups: ProcessGroupCollection, tp: int, cp: int) -
         kv_channels=1,
     )
     return MegalodonLayer(
-        config, MegalodonLayerSubmodules(), drawn.megalodon, 1e4, drawn.order, 1, groups
+        config, MegalodonLayerSubmodules(), drawn.megalodon, drawn.order, 1, groups
     )
 
 

@@ -15,13 +15,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from building import transformer_config
 from distributed.collectives import Collectives
 from megalodon_mcore.accounting import ModelShape
-from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.block import MegalodonLayer, MegalodonLayerSubmodules
 from megalodon_mcore.planning import traffic
 from megalodon_mcore.planning.layout import ParallelLayout
 
 HEADS, HIDDEN = 4, 32
-OWN = MegalodonConfig(chunk_size=16, z_dim=16, value_dim=64, cema_ndim=4, norm_num_groups=4)
+OWN = dict(chunk_size=16, z_dim=16, value_dim=64, cema_ndim=4, norm_num_groups=4)
 SHAPE = ModelShape(
     num_layers=1,
     hidden_size=HIDDEN,

@@ -5,14 +5,13 @@ import torch
 
 import straight_line
 from building import EPS, build, randomize, swiglu_heads_rescale
-from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.streaming import StreamingModel
 
 CONFIGURATIONS = {
-    "one-head": dict(own=MegalodonConfig(chunk_size=16), heads=1),
+    "one-head": dict(own=dict(chunk_size=16), heads=1),
     "swiglu-heads-rescale": swiglu_heads_rescale(8),
     "tied-scaled-four-heads": dict(
-        own=MegalodonConfig(chunk_size=13, z_dim=16, scale_embedding=True, norm_num_groups=32),
+        own=dict(chunk_size=13, z_dim=16, scale_embedding=True, norm_num_groups=32),
         heads=4,
         tied=True,
         rotary_base=100_000,

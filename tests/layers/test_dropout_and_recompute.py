@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from building import build, randomize
-from megalodon_mcore.config import MegalodonConfig
 
 DROPOUTS = {
-    "hidden_dropout": dict(own=MegalodonConfig(chunk_size=8, hidden_dropout=0.5)),
-    "dropout": dict(own=MegalodonConfig(chunk_size=8), hidden_dropout=0.5),
-    "attention_dropout": dict(own=MegalodonConfig(chunk_size=8), attention_dropout=0.5),
+    "hidden_dropout": dict(own=dict(chunk_size=8, hidden_dropout=0.5)),
+    "dropout": dict(own=dict(chunk_size=8), hidden_dropout=0.5),
+    "attention_dropout": dict(own=dict(chunk_size=8), attention_dropout=0.5),
 }
 
 
@@ -66,7 +65,7 @@ RECOMPUTE = {
 @pytest.mark.parametrize("name", RECOMPUTE)
 def test_recompute_repeats_outputs_and_gradients(megatron, name):
     def loss_and_gradients(**options):
-        own = MegalodonConfig(chunk_size=8, hidden_dropout=0.2)
+        own = dict(chunk_size=8, hidden_dropout=0.2)
         model, _ = build(own, hidden_dropout=0.2, attention_dropout=0.2, **options)
         randomize(model)
         torch.manual_seed(5)

@@ -9,9 +9,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from building import build, randomize, transformer_config
 from distributed.layouts import Layout
 from distributed.training import set_up
-from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.layers.emulated_fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS
+from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.spec import MegalodonSpec
 
 
@@ -30,8 +30,8 @@ def emulating(model) -> set[str]:
 @pytest.mark.parametrize("layers", [LINEAR_LAYERS, ("linear_z",), ("linear_proj", "linear_fc1")])
 def test_the_chosen_layers_emulate_fp8_and_the_rest_does_not(megatron, layers):
     options = dict(emulated_fp8="tensorwise", emulated_fp8_layers=layers)
-    model, _ = build(MegalodonConfig(chunk_size=8), swiglu=True, **options)
-    plain, _ = build(MegalodonConfig(chunk_size=8), swiglu=True)
+    model, _ = build(dict(chunk_size=8), swiglu=True, **options)
+    plain, _ = build(dict(chunk_size=8), swiglu=True)
     assert emulating(model) == set(layers) and emulating(plain) == set()
     randomize(plain)
     model.load_state_dict(plain.state_dict())

@@ -6,11 +6,10 @@ from megatron.core.transformer import module as megatron_module
 from torch import nn
 
 from building import build, randomize
-from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers import float32_module
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 
-OWN = MegalodonConfig(chunk_size=16, rescale_nffn=True)
+OWN = dict(chunk_size=16, rescale_nffn=True)
 
 KEPT = (".timestep_norm.", ".cema.", ".cema_norm.", ".query_key.", "feed_forward.norm.", "rescale.")
 

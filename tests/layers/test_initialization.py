@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from building import build
-from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.cema import ComplexEMA
-from megalodon_mcore.layers.initialization import initialize_cema, projection_initializer
+from megalodon_mcore.layers.initialization import initialize_, projection_initializer
+from megalodon_mcore.parameters import LAYER_ROWS
 
 D, Z, E, F = 96, 24, 320, 160
 """All different, so that taking one fan for another shows."""
@@ -61,7 +61,7 @@ def projections(model) -> dict[str, tuple[torch.Tensor, int, int]]:
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("mode", ["he", "bert", "xavier", "gaussian"])
 def test_projections_start_by_the_init_mode(megatron, mode, swiglu):
-    own = MegalodonConfig(z_dim=Z, value_dim=E, init_mode=mode)
+    own = dict(z_dim=Z, value_dim=E, init_mode=mode)
     model, _ = build(own, hidden_size=D, ffn=F, swiglu=swiglu, num_layers=1)
     for name, (weight, fan_in, fan_out) in projections(model).items():
         assert weight.shape == (fan_out, fan_in), name
@@ -85,7 +85,7 @@ def test_unknown_init_mode_is_named():
 
 
 def test_norms_and_affine_start_as_identity(megatron):
-    model, _ = build(MegalodonConfig())
+    model, _ = build()
     started_at_zero = [
         name
         for name, parameter in model.named_parameters()
@@ -96,11 +96,11 @@ def test_norms_and_affine_start_as_identity(megatron):
 
 
 def test_rescale_halves_from_layer_to_layer(megatron):
-    model, _ = build(MegalodonConfig(rescale_nffn=True), num_layers=4)
+    model, _ = build(dict(rescale_nffn=True), num_layers=4)
     for index, layer in enumerate(model.decoder.layers):
         start = torch.full((32,), 0.1 * 0.5**index)
         assert torch.equal(layer.feed_forward.rescale.weight, start)
-    model, _ = build(MegalodonConfig())
+    model, _ = build()
     assert all(layer.feed_forward.rescale is None for layer in model.decoder.layers)
 
 
@@ -120,8 +120,8 @@ def test_cema_decays_and_output_weights():
 
 def test_cema_omega_is_cut_at_one():
     omega = torch.empty(400_000, 1)
-    unused = torch.empty(1, 1, 1)
-    initialize_cema(unused, unused, unused.clone(), torch.empty(1, 1, 2), omega)
+    (row,) = (row for row in LAYER_ROWS if row.init == "direct")
+    initialize_(omega, row)
     assert_deviation(omega, 0.25)
     # Four deviations: 25 of these would lie beyond.
     assert 0.9 < omega.abs().max() <= 1.0
@@ -159,7 +159,7 @@ def test_cema_starts_finite_and_stable_at_any_width(channels):
 
 @pytest.mark.parametrize(("hidden_size", "heads"), [(4, 1), (24, 3), (40, 5), (96, 4)])
 def test_models_of_odd_widths_start_finite(megatron, hidden_size, heads):
-    own = MegalodonConfig(z_dim=2 * heads, value_dim=3 * heads, chunk_size=5, cema_ndim=1)
+    own = dict(z_dim=2 * heads, value_dim=3 * heads, chunk_size=5, cema_ndim=1)
     model, _ = build(own, hidden_size=hidden_size, heads=heads, ffn=7, num_layers=1)
     losses = model(torch.randint(64, (1, 12)), None, None, labels=torch.randint(64, (1, 12)))
     losses.mean().backward()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.program_server import READ_BY_IMPORTS, ProgramServer
+
 MODEL = (
     *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "2"),
     *("--ffn-hidden-size", "96", "--seq-length", "48", "--max-position-embeddings", "48"),
@@ -60,9 +62,16 @@ def train(
 
 
 def launch(*program: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python PROGRAM`, under torchrun where several processes are wanted."""
+    """Runs `python PROGRAM`, under torchrun where several processes are wanted.
+
+    Of `pretrain`, whose imports take longer than these runs, it takes forks.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in RENDEZVOUS}
     inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}"
+    if program[:3] == PRETRAIN and not any(z.startswith(READ_BY_IMPORTS) for z in environment):
+        inherited |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+        code, output = ProgramServer.run(list(program[2:]), processes, inherited, timeout=300)
+        return subprocess.CompletedProcess(program, code, output)
     return subprocess.run(
         [sys.executable, *((*TORCHRUN, str(processes)) if processes > 1 else ()), *program],
         stdout=subprocess.PIPE,

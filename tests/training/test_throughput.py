@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megalodon_mcore.accounting import ModelShape, training_flops_per_token
+from megalodon_mcore.accounting import training_flops_per_token
 from megalodon_mcore.config import MegalodonConfig
 from training.runs import TINY, scalars, train
 
@@ -41,15 +41,13 @@ def test_pretrain_logs_megalodons_flops(tmp_path, options):
 
 
 def test_a_rest_of_a_chunk_attends_to_itself_alone():
-    shape = ModelShape(
+    shape = MegalodonConfig(
         num_layers=1,
         hidden_size=64,
-        num_attention_heads=1,
+        num_heads=1,
         ffn_hidden_size=96,
-        swiglu=False,
-        tied_embeddings=False,
         vocab_size=128,
-        megalodon=MegalodonConfig(chunk_size=16).resolve(64, 1),
+        chunk_size=16,
     )
     width = 16 + 128
     short, whole, long = (training_flops_per_token(shape, n) for n in (8, 16, 24))

@@ -1,0 +1,112 @@
+"""What the table of parameters says of a module's parameters on this rank.
+
+Megatron's own layers mark and save what they hold whole or cut along one axis. This adds what they
+do not know: channels, heads that ranks share, weights of several parts, gradients to be summed.
+"""
+
+from __future__ import annotations
+
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import get_pg_rank
+from torch import nn
+
+from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.muon import Matrices, mark_matrices
+from megalodon_mcore.parallel.checkpoint_shards import Offsets, column_parts_factory
+from megalodon_mcore.parallel.shared_parameters import mark_split, start_alike, sum_gradient_over
+from megalodon_mcore.parallel.tensor_split import TensorSplit
+from megalodon_mcore.parameters import Row, checkpoint_suffix, rows_by_parameter
+
+
+def mark_parameters(
+    module: nn.Module, prefix: str, config: MegalodonConfig, split: TensorSplit
+) -> None:
+    """Tells Megatron, Muon and autograd how ranks hold a module's parameters.
+
+    Args:
+        module: a part of a layer.
+        prefix: what the module's names have before them in the table.
+        config: of the model.
+        split: of the ranks that share the layer.
+    """
+    for name, rows in rows_by_parameter(prefix, config).items():
+        parameter, row = module.get_parameter(name), rows[0]
+        shared = row.by_heads and split.shares_heads
+        if parameter.dim() == 2 and not row.float32 and (len(rows) > 1 or shared):
+            axis, parts = _parts(rows, config, split)
+            ranks_per_part = split.ranks_per_head if shared else 1
+            mark_matrices(parameter, Matrices(parts, axis, ranks_per_part))
+        if split.size == 1:
+            continue
+        if _is_ours(row, split):
+            mark_split(parameter, row.tp, counts_here=not shared or split.rank_in_head == 0)
+        if shared:
+            start_alike(parameter, split.head_group())
+        if row.gradient == "positions" and split.sequence_parallel:
+            # Megatron sums it over the ranks, once a step.
+            parameter.sequence_parallel = True
+        if row.gradient == "parts" and (shared or row.tp is None):
+            sum_gradient_over(parameter, split.head_group() if shared else split.group)
+
+
+def sharded_by_table(
+    module: nn.Module,
+    prefix: str,
+    config: MegalodonConfig,
+    split: TensorSplit,
+    sharded: dict,
+    offsets: Offsets,
+    metadata: dict | None,
+    key_prefix: str,
+) -> dict:
+    """Megatron's entries of a module's checkpoint, with those that its defaults get wrong replaced.
+
+    Args:
+        module: as `mark_parameters` takes it, with prefix, config and split.
+        prefix: see module.
+        config: see module.
+        split: see module.
+        sharded: Megatron's entries.
+        offsets: Megatron's sharded_offsets.
+        metadata: Megatron's.
+        key_prefix: what keys have before the module's names.
+    """
+    group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+    for name, rows in rows_by_parameter(prefix, config).items():
+        key, row = key_prefix + name, rows[0]
+        if row.part is not None and row.part.axis == 1:
+            _, columns = _parts(rows, config, split)
+            suffixes = [checkpoint_suffix(row) for row in rows]
+            sharded[key] = column_parts_factory(
+                sharded[key], columns, suffixes, split.rank, split.size, offsets
+            )
+        elif len(rows) > 1:
+            sharded[key] = apply_swiglu_sharded_factory(sharded[key], offsets)
+        elif _is_ours(row, split):
+            place, places, replica = split.rank, split.size, 0
+            if row.by_heads:
+                place, places = split.head_share, split.head_shares
+                replica = split.rank_in_head
+            sharded[key] = ShardedTensor.from_rank_offsets(
+                key,
+                module.get_parameter(name),
+                *offsets,
+                (row.tp + len(offsets), place, places),
+                replica_id=(0, replica, get_pg_rank(group)),
+                prepend_axis_num=len(offsets),
+            )
+    return sharded
+
+
+def _is_ours(row: Row, split: TensorSplit) -> bool:
+    """Whether it is cut and in no layer of Megatron's that knows so."""
+    return row.tp is not None and (row.float32 or (row.by_heads and split.shares_heads))
+
+
+def _parts(rows: list[Row], config: MegalodonConfig, split: TensorSplit) -> tuple[int, list[int]]:
+    """The axis along which this rank's parts lie side by side, and their extents."""
+    axis = rows[0].part.axis if rows[0].part else rows[0].tp
+    ranks = split.head_shares if rows[0].by_heads else split.size
+    return axis, [row.shape_in(config)[axis] // ranks for row in rows]

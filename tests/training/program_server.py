@@ -1,0 +1,199 @@
+"""Runs `megalodon-mcore pretrain` in forks of one process that has Megatron loaded.
+
+Starting a rank costs ten seconds of imports, a fork none. The forks have the environment, arguments
+and output of a process of their own; what only a real start can show is in test_command_line.py
+and test_quickstart.py.
+"""
+
+import atexit
+import gc
+import json
+import os
+import queue
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+TESTS = Path(__file__).parents[1]
+READ_BY_IMPORTS = ("PYTHON", "TORCH", "TRITON", "CUDA", "LD_", "NVTE")
+"""Variables whose names begin so are looked at by what the server has imported already."""
+OF_THE_SERVER = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    # Asks for a GPU in a way that leaves torch.cuda usable in forks.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+
+class ProgramServer:
+    """One server for this process, started when it is first needed."""
+
+    _server: subprocess.Popen | None = None
+    _lock = threading.Lock()
+
+    @classmethod
+    def run(
+        cls, argv: list[str], processes: int, environment: dict[str, str], timeout: float
+    ) -> tuple[int, str]:
+        """Runs `megalodon_mcore ARGV` in every rank; the exit status (1 if one fails), the output.
+
+        Raises:
+            TimeoutError: it takes longer; its processes are gone then.
+        """
+        with TemporaryDirectory() as folder:
+            place, output = Path(folder), Path(folder) / "output"
+            for rank in range(processes):
+                cls._send(
+                    argv=argv,
+                    environment=environment | _world(rank, processes, place),
+                    cwd=os.getcwd(),
+                    output=str(output),
+                    place=str(place / str(rank)),
+                )
+            try:
+                code = _wait(place, processes, time.monotonic() + timeout)
+            finally:
+                _kill(place, processes)
+            return code, output.read_text(errors="replace")
+
+    @classmethod
+    def _send(cls, **request: object) -> None:
+        with cls._lock:
+            if cls._server is None:
+                path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+                cls._server = subprocess.Popen(
+                    [sys.executable, "-c", "from training import program_server as s; s.serve()"],
+                    stdin=subprocess.PIPE,
+                    text=True,
+                    env=os.environ | {"PYTHONPATH": path, **OF_THE_SERVER},
+                )
+                atexit.register(cls._server.kill)
+            cls._server.stdin.write(json.dumps(request) + "\n")
+            cls._server.stdin.flush()
+
+
+def _world(rank: int, processes: int, place: Path) -> dict[str, str]:
+    if processes == 1:
+        return {}
+    port = place / "port"
+    if not port.exists():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port.write_text(str(free.getsockname()[1]))
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port.read_text(),
+    }
+
+
+def _wait(place: Path, processes: int, deadline: float) -> int:
+    while time.monotonic() < deadline:
+        ended = [z for z in (place / f"{rank}.code" for rank in range(processes)) if z.exists()]
+        codes = [int(file.read_text()) for file in ended]
+        if any(codes):
+            # Torchrun gives the others time to say what they think of it, too.
+            time.sleep(0.5)
+            return 1
+        if len(codes) == processes:
+            return 0
+        time.sleep(0.02)
+    raise TimeoutError(f"{processes} ranks are not done in time.")
+
+
+def _kill(place: Path, processes: int) -> None:
+    for rank in range(processes):
+        code, pid = place / f"{rank}.code", place / f"{rank}.pid"
+        if not code.exists() and pid.exists():
+            os.kill(int(pid.read_text()), 9)
+            while not code.exists():
+                time.sleep(0.01)
+
+
+def serve() -> None:
+    """The server's life: forks for each request, and writes down how forks ended."""
+    import torch
+
+    from megalodon_mcore import cpu, missing_kernels
+
+    torch.set_num_threads(1)
+    missing_kernels.ignore_warnings()
+    before = dict(os.environ)
+    cpu.install(devices=8)
+    installed = {name: z for name, z in os.environ.items() if before.get(name) != z}
+
+    import megalodon_mcore.__main__
+    import megalodon_mcore.evaluation
+    import megalodon_mcore.pretraining
+    import megalodon_mcore.spec  # noqa: F401
+
+    gc.freeze()
+    running: dict[int, str] = {}
+    # Without a buffer, in which select would not see a line.
+    requests = open(0, "rb", buffering=0)
+    while True:
+        if select.select([requests], [], [], 0.02 if running else None)[0]:
+            line = requests.readline()
+            if not line:
+                return
+            request = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                request["environment"] = installed | request["environment"]
+                _become(**request)
+            running[pid] = request["place"]
+            _write(request["place"] + ".pid", str(pid))
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            _write(running.pop(pid) + ".code", str(os.waitstatus_to_exitcode(status)))
+
+
+def _write(path: str, text: str) -> None:
+    Path(f"{path}.new").write_text(text)
+    Path(f"{path}.new").rename(path)
+
+
+def _become(argv: list[str], environment: dict, cwd: str, output: str, place: str) -> None:
+    """Turns this fork into `python -m megalodon_mcore ARGV`; does not return."""
+    code = 1
+    try:
+        os.setsid()
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(environment)
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        from megalodon_mcore.__main__ import main
+
+        if "--async-save" not in argv:
+            # Else Megatron starts a process for it, which only a writer in another one needs.
+            filesystem_async._results_queue = queue.Queue()
+        sys.argv = ["megalodon-mcore", *argv]
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
