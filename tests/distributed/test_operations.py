@@ -30,10 +30,6 @@ class Draw:
     cp: int
     sequence_parallel: bool
     order: str
-    heads: int
-    hidden_size: int
-    ffn: int
-    swiglu: bool
     megalodon: MegalodonConfig
     batch: int
     length: int
@@ -48,13 +44,7 @@ def draw(world_size: int, seed: int) -> Draw:
     heads = pick.choice([*shared, tp, 2 * tp])
     groups = pick.choice([1, 2, 4])
     hidden_size = 4 * tp * groups * pick.choice([1, 2])
-    ffn, swiglu = tp * pick.choice([3, 8]), pick.random() < 0.5
-    megalodon = MegalodonConfig(
-        num_layers=1,
-        hidden_size=hidden_size,
-        ffn_hidden_size=ffn,
-        swiglu=swiglu,
-        num_heads=heads,
+    own = dict(
         chunk_size=pick.choice([1, 3, 8, 10, 16, 64]),
         # Narrower heads now and then are near zero, where their norm magnifies rounding.
         z_dim=heads * pick.choice([6, 8]),
@@ -63,15 +53,21 @@ def draw(world_size: int, seed: int) -> Draw:
         norm_num_groups=groups,
         rescale_nffn=pick.random() < 0.5,
     )
+    sequence_parallel = tp > 1 and pick.random() < 0.6
+    order = pick.choice(SEQUENCE_ORDERS)
+    megalodon = MegalodonConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_heads=heads,
+        ffn_hidden_size=tp * pick.choice([3, 8]),
+        swiglu=pick.random() < 0.5,
+        **own,
+    )
     return Draw(
         tp=tp,
         cp=cp,
-        sequence_parallel=tp > 1 and pick.random() < 0.6,
-        order=pick.choice(SEQUENCE_ORDERS),
-        heads=heads,
-        hidden_size=hidden_size,
-        ffn=ffn,
-        swiglu=swiglu,
+        sequence_parallel=sequence_parallel,
+        order=order,
         megalodon=megalodon,
         batch=pick.choice([1, 2, 3]),
         length=2 * cp * tp * pick.choice([1, 2, 3, 5]),
@@ -108,7 +104,7 @@ def compare(drawn: Draw, seed: int) -> tuple[float, str]:
         for name, parameter in share.named_parameters():
             parameter.copy_(own_part(drawn, groups, name, whole.get_parameter(name)))
 
-    x, upstream = torch.randn(2, drawn.length, drawn.batch, drawn.hidden_size)
+    x, upstream = torch.randn(2, drawn.length, drawn.batch, drawn.megalodon.hidden_size)
     held = positions(drawn, groups)
     expected, expected_x = run(whole, x, upstream)
     actual, actual_x = run(share, x[held], upstream[held])
@@ -129,11 +125,11 @@ def compare(drawn: Draw, seed: int) -> tuple[float, str]:
 
 def build_block(drawn: Draw, groups: ProcessGroupCollection, tp: int, cp: int) -> MegalodonLayer:
     config = transformer_config(
-        hidden_size=drawn.hidden_size,
+        hidden_size=drawn.megalodon.hidden_size,
         # Megatron's own check; the block goes by Megalodon's number of heads.
         heads=drawn.tp,
-        ffn=drawn.ffn,
-        swiglu=drawn.swiglu,
+        ffn=drawn.megalodon.ffn_hidden_size,
+        swiglu=drawn.megalodon.swiglu,
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
         sequence_parallel=drawn.sequence_parallel and tp > 1,
@@ -149,7 +145,7 @@ def own_part(
 ) -> torch.Tensor:
     """This rank's part of a whole parameter or gradient, from the equations, not the code."""
     tp, rank = drawn.tp, groups.tp.rank()
-    shares = min(tp, drawn.heads)
+    shares = min(tp, drawn.megalodon.num_heads)
     share = rank * shares // tp
     if "query_key" in name:
         return whole.chunk(shares, 1)[share]
@@ -158,10 +154,12 @@ def own_part(
     if any(part in name for part in ("cema.", "linear_v", "linear_r")):
         return whole.chunk(tp, 0)[rank]
     if "linear_proj.weight" in name:
-        columns = [drawn.hidden_size, drawn.megalodon.value_dim]
+        columns = [drawn.megalodon.hidden_size, drawn.megalodon.value_dim]
         return torch.cat([part.chunk(tp, 1)[rank] for part in whole.split(columns, 1)], 1)
     if "linear_fc1" in name:
-        return torch.cat([part.chunk(tp, 0)[rank] for part in whole.chunk(1 + drawn.swiglu, 0)])
+        return torch.cat(
+            [part.chunk(tp, 0)[rank] for part in whole.chunk(1 + drawn.megalodon.swiglu, 0)]
+        )
     return whole.chunk(tp, 1)[rank] if "linear_fc2" in name else whole
 
 
@@ -199,7 +197,7 @@ def test_enough_is_drawn():
         draw(size, 1000 * size + n) for size, count in DRAWS_PER_WORLD.items() for n in range(count)
     ]
     assert len({str(drawn) for drawn in draws}) >= 100
-    assert any(drawn.tp > drawn.heads and drawn.sequence_parallel for drawn in draws)
+    assert any(drawn.tp > drawn.megalodon.num_heads and drawn.sequence_parallel for drawn in draws)
     assert any(
         drawn.cp > 2 and drawn.order == "zigzag" and drawn.tp == 3 for drawn in draws
     ) or any(
