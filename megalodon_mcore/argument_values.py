@@ -166,7 +166,6 @@ def _check_schedule(args: Namespace) -> None:
 
 
 def _check_pipeline(args: Namespace) -> None:
-    layers, stages = args.num_layers, args.pipeline_model_parallel_size
     uneven = (
         args.decoder_first_pipeline_num_layers,
         args.decoder_last_pipeline_num_layers,
@@ -174,12 +173,11 @@ def _check_pipeline(args: Namespace) -> None:
         args.account_for_embedding_in_pipeline_split,
         args.account_for_loss_in_pipeline_split,
     )
-    if layers is not None and layers % stages and not any(uneven):
-        raise ValueError(
-            f"--num-layers is {layers}, which --pipeline-model-parallel-size {stages} does not "
-            "divide; take a size that does, or name a stage's share with "
-            "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers."
-        )
+    if args.num_layers is not None and not any(uneven):
+        # Here, because it imports Megatron.
+        from megalodon_mcore.validation import check_stages
+
+        check_stages(args.num_layers, args.pipeline_model_parallel_size)
 
 
 def _check_folder(option: str, folder: Path) -> None:

@@ -102,7 +102,6 @@ def check_layout(
         ValueError: the first size that does not fit; one sentence names it and what would work.
     """
     _check_tensor_parallel(megalodon, config.tensor_model_parallel_size)
-    stages = config.pipeline_model_parallel_size
     uneven = (
         config.num_layers_in_first_pipeline_stage,
         config.num_layers_in_last_pipeline_stage,
@@ -111,13 +110,24 @@ def check_layout(
         config.pipeline_model_parallel_layout,
     )
     # Stages that differ are Megatron's to check.
-    if config.num_layers % stages and not any(uneven):
-        raise ValueError(
-            f"--pipeline-model-parallel-size is {stages}, which does not divide --num-layers "
-            f"{config.num_layers}; take a divisor of {config.num_layers} or uneven stages."
-        )
+    if not any(uneven):
+        check_stages(config.num_layers, config.pipeline_model_parallel_size)
     if seq_length is not None:
         _check_sequence(config, sequence_order, seq_length)
+
+
+def check_stages(num_layers: int, stages: int) -> None:
+    """Checks that equal pipeline stages make up the layers.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if num_layers % stages:
+        raise ValueError(
+            f"--num-layers is {num_layers}, which --pipeline-model-parallel-size {stages} does not "
+            "divide; take a size that does, or name a stage's share with "
+            "--decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers."
+        )
 
 
 def _check_tensor_parallel(megalodon: MegalodonConfig, tp: int) -> None:

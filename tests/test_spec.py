@@ -107,6 +107,21 @@ def test_every_size_has_a_spec_and_the_one_word_form_works():
     assert spec.spec is spec.megalodon and spec.megalodon.size is None
 
 
+def test_an_order_of_sequences_that_nobody_says_is_refused(monkeypatch):
+    """Of a program that is not Megatron's, nobody knows how it cuts them."""
+    from megatron.training import global_vars
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", None)
+    config = transformer_config(context_parallel_size=2)
+    with pytest.raises(ValueError, match="^--context-parallel-size is 2, but nothing says how the"):
+        spec.megalodon.check(config, "none")
+    for order in ("contiguous", "zigzag"):
+        assert spec.MegalodonSpec(sequence_order=order).check(config, "none")[1] == order
+    # Megatron's own programs cut in one way.
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace())
+    assert spec.megalodon._sequence_order(config) == "zigzag"
+
+
 def test_learned_positions_are_refused_before_anything_is_built(megatron):
     with pytest.raises(ValueError, match="^--position-embedding-type is learned_absolute, which"):
         gpt_model(spec.megalodon, transformer_config(), position_embedding_type="learned_absolute")
