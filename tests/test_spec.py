@@ -1,5 +1,6 @@
 """What Megatron builds from the specs: layers, sizes, initial values, checkpoint entries."""
 
+import argparse
 import inspect
 import math
 
