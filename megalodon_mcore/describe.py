@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
+import warnings
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 
-from megalodon_mcore import accounting
-from megalodon_mcore.config import CONFIG_VARIABLE, SIZES, config_from_environment, parse_config
-from megalodon_mcore.planning.arguments import add_layout_arguments, layout_from
-from megalodon_mcore.planning.layout import check_layout
-from megalodon_mcore.planning.report import plan_lines
+from megalodon_mcore.config import (
+    CONFIG_VARIABLE,
+    SIZES,
+    MegalodonSize,
+    config_from_environment,
+    parse_config,
+)
+from megalodon_mcore.planning.layout import ParallelLayout, add_layout_arguments, layout_from
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,38 +39,84 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Prints the configuration, parameters by part, and bytes: on one rank, or of a layout's.
+    """Prints the configuration, parameters by module, and bytes: on one rank, or of a layout's.
 
     Raises:
         ValueError: --set, the environment or the layout has a value that does not fit.
     """
-    size = SIZES[args.preset]
-    own = size.megalodon.override(config_from_environment()).override(
-        parse_config(args.set, "--set")
-    )
-    shape = accounting.ModelShape.of(size, args.vocab_size, own)
+    own = parse_config(args.set, "--set")
+    size = resolved_size(args.preset, config_from_environment() | own)
+    if args.vocab_size < 1:
+        raise ValueError(f"--vocab-size is {args.vocab_size}; it takes a positive integer.")
     layout = layout_from(args)
-    if layout:
-        check_layout(shape, layout)
+    print(f"Building {args.preset} on the meta device ...", file=sys.stderr, flush=True)
+    # Both import Megatron.
+    from megalodon_mcore.planning import rank, report
+
+    single = ParallelLayout(seq_length=size.megalodon.chunk_size, bf16=args.dtype == "bf16")
+    with warnings.catch_warnings():
+        # Of Megatron's and torch's parts about each other.
+        warnings.simplefilter("ignore")
+        # First of all, for what does not fit is then said alone.
+        lines = list(report.plan_lines(size, args.vocab_size, layout)) if layout else []
+        with rank.fake_rank(single):
+            model = rank.build_stage(size, args.vocab_size, single, 0, size.num_layers)
+
     print(f"Megalodon {args.preset}\n\nConfiguration")
     _print_rows({**size.megatron_arguments(), "vocab_size": args.vocab_size})
-    _print_rows(dataclasses.asdict(shape.megalodon))
-    counts = accounting.parameters_by_part(shape)
+    _print_rows(dataclasses.asdict(size.megalodon))
+    parts = parameters_by_module(model)
     print("\nParameters")
-    _print_rows(counts | {"total": sum(counts.values())})
+    _print_rows(parts | {"total": sum(parts.values())})
     if layout:
-        print("", *plan_lines(shape, layout), sep="\n")
+        print("", *lines, sep="\n")
     else:
-        _print_single_rank(shape, args.dtype)
+        _print_single_rank(model, size, single)
     return 0
 
 
-def _print_single_rank(shape: accounting.ModelShape, dtype: str) -> None:
-    bf16 = dtype == "bf16"
-    training = accounting.training_bytes(shape, bf16)
+def resolved_size(name: str, values: dict[str, object]) -> MegalodonSize:
+    """A named size with these of Megalodon's values over its own, every width a number.
+
+    Raises:
+        ValueError: a value does not fit.
+    """
+    size = SIZES[name]
+    own = size.megalodon.override(values).resolve(size.hidden_size, size.num_attention_heads)
+    return dataclasses.replace(size, megalodon=own)
+
+
+def parameters_by_module(model: object) -> Counter[str]:
+    """Parameters of a model's modules, layers summed."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        module, _, _ = re.sub(r"layers\.\d+", "layers", name).rpartition(".")
+        counts[module] += parameter.numel()
+    return counts
+
+
+def streaming_bytes(size: MegalodonSize, bf16: bool) -> dict[str, int]:
+    """Bytes of state that generation holds per sequence, at most, whatever the context length."""
+    own, layers = size.megalodon, size.num_layers
+    return {
+        # A count in int64; mean and variance in float32. The final norm has its own.
+        "TimestepNorm": (layers + 1) * (8 + 2 * own.norm_num_groups * 4),
+        "CEMA": layers * size.hidden_size * own.cema_ndim * 8,
+        "keys and values": layers
+        * own.chunk_size
+        * (own.z_dim + own.value_dim)
+        * (2 if bf16 else 4),
+    }
+
+
+def _print_single_rank(model: object, size: MegalodonSize, layout: ParallelLayout) -> None:
+    from megalodon_mcore.planning.measure import model_bytes, numbers_of
+
+    dtype = "bf16" if layout.bf16 else "float32"
+    training = model_bytes(numbers_of(model), layout)
     print(f"\nBytes to train in {dtype} with Adam, on one rank, activations aside")
     _print_rows(training | {"total": sum(training.values())})
-    streaming = accounting.streaming_bytes(shape, bf16)
+    streaming = streaming_bytes(size, layout.bf16)
     print("\nBytes of streaming state per sequence, whatever the context length")
     _print_rows(streaming | {"total": sum(streaming.values())})
 

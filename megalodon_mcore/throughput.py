@@ -11,7 +11,6 @@ import functools
 import sys
 from argparse import Namespace
 
-from megalodon_mcore.accounting import ModelShape, training_flops_per_token
 from megalodon_mcore.config import ResolvedMegalodonConfig
 
 NAME = "num_floating_point_operations"
@@ -56,19 +55,43 @@ def flops_of_batch(
     if not tokens or not squared_lengths:
         tokens = batch_size * args.seq_length
         squared_lengths = tokens * args.seq_length
-    shape = ModelShape(
+    megalodon = ResolvedMegalodonConfig(
+        **{
+            field.name: getattr(args, f"megalodon_{field.name}")
+            for field in dataclasses.fields(ResolvedMegalodonConfig)
+        }
+    )
+    return tokens * training_flops_per_token(
+        megalodon,
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
         ffn_hidden_size=args.ffn_hidden_size,
         swiglu=args.swiglu,
-        tied_embeddings=not args.untie_embeddings_and_output_weights,
         vocab_size=args.padded_vocab_size,
-        megalodon=ResolvedMegalodonConfig(
-            **{
-                field.name: getattr(args, f"megalodon_{field.name}")
-                for field in dataclasses.fields(ResolvedMegalodonConfig)
-            }
-        ),
+        seq_length=squared_lengths / tokens,
     )
-    return tokens * training_flops_per_token(shape, squared_lengths / tokens)
+
+
+def training_flops_per_token(
+    megalodon: ResolvedMegalodonConfig,
+    *,
+    num_layers: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+    swiglu: bool,
+    vocab_size: int,
+    seq_length: float,
+) -> float:
+    """Floating-point operations of a forward and a backward pass, which is twice a forward one.
+
+    Projections and output; attention up to the diagonal of its chunks; CEMA as a recurrence, 12 a
+    step of each EMA dimension (8 for q h + p x, 4 for the real part of gamma h). Element-wise work
+    is left out, and so is what kernels and recomputation spend beyond that. The chunks begin anew
+    after `seq_length` positions; the vocabulary is the padded one.
+    """
+    d, e, z = hidden_size, megalodon.value_dim, megalodon.z_dim
+    projections = d * z + 2 * d * e + (d + e) * d + (3 if swiglu else 2) * d * ffn_hidden_size
+    chunks, rest = divmod(seq_length, megalodon.chunk_size)
+    attended = (chunks * megalodon.chunk_size**2 + rest**2) / (2 * seq_length)
+    layer = projections + (z + e) * attended + 6 * d * megalodon.cema_ndim
+    return 6 * (num_layers * layer + d * vocab_size)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megalodon_mcore.accounting import ModelShape
 from megalodon_mcore.config import ResolvedMegalodonConfig
 from megalodon_mcore.options import check_configuration
-from megalodon_mcore.planning.layout import ParallelLayout
-from megalodon_mcore.planning.layout import check_layout as check_cuts
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 TRANSFORMER_IMPLEMENTATIONS = ("local", "transformer_engine")
@@ -104,18 +101,22 @@ def check_layout(
     Raises:
         ValueError: the first size that does not fit; one sentence names it and what would work.
     """
-    tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
-    shape = ModelShape(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        ffn_hidden_size=config.ffn_hidden_size,
-        swiglu=config.gated_linear_unit,
-        tied_embeddings=False,
-        # Megatron pads the vocabulary to a multiple.
-        vocab_size=tp,
-        megalodon=megalodon,
-    )
+    tp, heads = config.tensor_model_parallel_size, megalodon.num_heads
+    if heads % tp and tp % heads:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {tp} and there are {heads} heads; take a divisor or "
+            f"a multiple of {heads}."
+        )
+    for name, width in (
+        ("--hidden-size", config.hidden_size),
+        ("value_dim", megalodon.value_dim),
+        ("--ffn-hidden-size", config.ffn_hidden_size),
+    ):
+        if width % tp:
+            raise ValueError(
+                f"--tensor-model-parallel-size is {tp}, which does not divide {name} {width}; "
+                "take a size that does."
+            )
     uneven = (
         config.num_layers_in_first_pipeline_stage,
         config.num_layers_in_last_pipeline_stage,
@@ -123,16 +124,31 @@ def check_layout(
         config.account_for_loss_in_pipeline_split,
         config.pipeline_model_parallel_layout,
     )
-    layout = ParallelLayout(
-        seq_length=2 * cp * tp if seq_length is None else seq_length,
-        tp=tp,
-        # Stages that differ are Megatron's to check.
-        pp=1 if any(uneven) else config.pipeline_model_parallel_size,
-        cp=cp,
-        sequence_parallel=config.sequence_parallel,
-        order=sequence_order,
-    )
-    check_cuts(shape, layout)
+    pp, layers = config.pipeline_model_parallel_size, config.num_layers
+    # Stages that differ are Megatron's to check.
+    if layers % pp and not any(uneven):
+        raise ValueError(
+            f"--pipeline-model-parallel-size is {pp}, which does not divide --num-layers {layers}; "
+            f"take a divisor of {layers} or uneven stages."
+        )
+    if seq_length is not None:
+        _check_sequence(config, sequence_order, seq_length)
+
+
+def _check_sequence(config: TransformerConfig, order: str, length: int) -> None:
+    tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
+    parts = 2 * cp if order == "zigzag" and cp > 1 else cp
+    if length % parts:
+        raise ValueError(
+            f"--seq-length is {length}, which {order} order with --context-parallel-size "
+            f"{cp} cuts into {parts} equal parts; take a multiple of {parts}."
+        )
+    if config.sequence_parallel and length // cp % tp:
+        raise ValueError(
+            f"--seq-length is {length}, so a context-parallel rank has {length // cp} positions, "
+            f"which --tensor-model-parallel-size {tp} does not divide; with "
+            f"--sequence-parallel take a multiple of {cp * tp}."
+        )
 
 
 def check_transformer_engine() -> None:

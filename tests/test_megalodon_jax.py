@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from building import EPS, build, randomize, swiglu_heads_rescale
-from megalodon_mcore.accounting import ModelShape, total_parameters
 from megalodon_mcore.config import MegalodonConfig
 
 jax = pytest.importorskip("jax", reason="megalodon-jax, the judge here, needs jax")
@@ -191,20 +190,9 @@ def test_logits_loss_and_every_gradient_agree(megatron, name):
 @pytest.mark.parametrize("name", CASES)
 def test_fresh_models_have_the_same_parameters(megatron, name):
     options, _, _ = CASES[name]
-    model, judge, own = build_pair(options)
+    model, judge, _ = build_pair(options)
     config = judge.config
-    shape = ModelShape(
-        num_layers=LAYERS,
-        hidden_size=config.model_dim,
-        num_attention_heads=config.num_heads,
-        ffn_hidden_size=config.ffn_hidden_dim,
-        swiglu=config.swiglu,
-        tied_embeddings=config.share_emb,
-        vocab_size=VOCABULARY,
-        megalodon=own,
-    )
     count = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(judge, eqx.is_array)))
-    assert total_parameters(shape) == count
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
     parameters = {n: p.detach() for n, p in model.named_parameters()}

@@ -9,12 +9,10 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from building import build, transformer_config
+from building import LISTED, build, transformer_config
 from megalodon_mcore import spec
-from megalodon_mcore.accounting import ModelShape, parameters_by_part, total_parameters
 from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
-from test_accounting import LISTED
 
 
 def gpt_model(layer_spec, config, **options) -> GPTModel:
@@ -173,34 +171,8 @@ def test_named_sizes_have_the_listed_values():
         }
 
 
-PART_OF = {
-    "embedding.": "embedding",
-    "mixer.timestep_norm.": "TimestepNorm",
-    "mixer.cema.": "CEMA",
-    "mixer.cema_norm.": "CEMA RMSNorm",
-    "mixer.linear_z.": "query/key projection and affine",
-    "mixer.query_key.": "query/key projection and affine",
-    "mixer.linear_v.": "value projection",
-    "mixer.linear_r.": "gate projection",
-    "mixer.linear_proj.": "mixer output projections",
-    "feed_forward.norm.": "FFN LayerNorm",
-    "feed_forward.linear_fc": "FFN",
-    "feed_forward.rescale.": "FFN rescale",
-    "final_layernorm.": "final TimestepNorm",
-    "output_layer.": "output projection",
-}
-
-
-def counted_by_part(model) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        (part,) = {part for piece, part in PART_OF.items() if piece in name}
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
-
-
 @pytest.mark.parametrize("name", SIZES)
-def test_named_sizes_build_exactly_the_parameters_accounted_for(megatron, name):
+def test_named_sizes_build_exactly_the_parameters_listed(megatron, name):
     size = SIZES[name]
     config = transformer_config(
         num_layers=size.num_layers,
@@ -218,17 +190,7 @@ def test_named_sizes_build_exactly_the_parameters_accounted_for(megatron, name):
             share_embeddings_and_output_weights=size.tied_embeddings,
         )
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert counted_by_part(model) == parameters_by_part(ModelShape.of(SIZES[name], 32_000))
-    assert sum(counted_by_part(model).values()) == LISTED[name]
-
-
-def test_uncommon_values_are_accounted_for_too(megatron):
-    own = MegalodonConfig(z_dim=6, value_dim=27, cema_ndim=5, rescale_nffn=True)
-    options = dict(num_layers=3, hidden_size=48, heads=3, ffn=50, swiglu=True)
-    model, resolved = build(own, vocab_size=37, tied=True, **options)
-    shape = ModelShape(3, 48, 3, 50, True, True, 37, resolved)
-    assert counted_by_part(model) == parameters_by_part(shape)
-    assert sum(p.numel() for p in model.parameters()) == total_parameters(shape)
+    assert sum(parameter.numel() for parameter in model.parameters()) == LISTED[name]
 
 
 # Initial values and checkpoints

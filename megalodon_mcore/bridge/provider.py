@@ -14,7 +14,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.nn import functional as F
 
-from megalodon_mcore.accounting import ModelShape, training_flops_per_token
 from megalodon_mcore.config import (
     SIZES,
     MegalodonConfig,
@@ -25,6 +24,7 @@ from megalodon_mcore.config import (
 from megalodon_mcore.conversion.architecture import Architecture
 from megalodon_mcore.options import refusal, refusals
 from megalodon_mcore.spec import ARGUMENT_PREFIX, MegalodonSpec
+from megalodon_mcore.throughput import training_flops_per_token
 from megalodon_mcore.validation import check_layout
 
 SEQUENCE_ORDER = "zigzag"
@@ -182,18 +182,15 @@ class MegalodonModelProvider(GPTModelProvider):
 
     def _get_num_floating_point_operations(self, batch_size: int) -> float:
         """What Bridge logs TFLOP/s by."""
-        own = self.resolved()
-        shape = ModelShape(
+        flops = training_flops_per_token(
+            self.resolved(),
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
-            num_attention_heads=own.num_heads,
             ffn_hidden_size=self.ffn_hidden_size,
             swiglu=self.gated_linear_unit,
-            tied_embeddings=self.share_embeddings_and_output_weights,
             vocab_size=self.vocab_size,
-            megalodon=own,
+            seq_length=self.seq_length,
         )
-        flops = training_flops_per_token(shape, self.seq_length)
         return flops * batch_size * self.seq_length
 
 

@@ -3,10 +3,10 @@
 import pytest
 
 from building import build
-from fake_world import fake_rank
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.conversion.mapping import LAYER_PREFIXES, LAYER_ROWS, MODEL_ROWS
 from megalodon_mcore.planning.layout import ParallelLayout
+from megalodon_mcore.planning.rank import fake_rank
 
 
 @pytest.mark.parametrize("heads", [1, 2], ids=["shared-head", "own-heads"])

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from megalodon_mcore.accounting import ModelShape, training_flops_per_token
 from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.throughput import training_flops_per_token
 from training.runs import TINY, scalars, train
 
 LOGGED = ("--log-throughput", "--log-timers-to-tensorboard")
@@ -41,17 +41,9 @@ def test_pretrain_logs_megalodons_flops(tmp_path, options):
 
 
 def test_a_rest_of_a_chunk_attends_to_itself_alone():
-    shape = ModelShape(
-        num_layers=1,
-        hidden_size=64,
-        num_attention_heads=1,
-        ffn_hidden_size=96,
-        swiglu=False,
-        tied_embeddings=False,
-        vocab_size=128,
-        megalodon=MegalodonConfig(chunk_size=16).resolve(64, 1),
-    )
+    own = MegalodonConfig(chunk_size=16).resolve(64, 1)
+    sizes = dict(num_layers=1, hidden_size=64, ffn_hidden_size=96, swiglu=False, vocab_size=128)
     width = 16 + 128
-    short, whole, long = (training_flops_per_token(shape, n) for n in (8, 16, 24))
+    short, whole, long = (training_flops_per_token(own, **sizes, seq_length=n) for n in (8, 16, 24))
     assert whole - short == 6 * width * (16 / 2 - 8 / 2)
     assert 24 * long == pytest.approx(16 * whole + 8 * short)
