@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
+import warnings
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 
-from megalodon_mcore import accounting
-from megalodon_mcore.config import CONFIG_VARIABLE, SIZES, config_from_environment, parse_config
-from megalodon_mcore.planning.arguments import add_layout_arguments, layout_from
-from megalodon_mcore.planning.layout import check_layout
-from megalodon_mcore.planning.report import plan_lines
+from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.config_sources import CONFIG_VARIABLE, parse_pairs, settle
+from megalodon_mcore.planning.layout import ParallelLayout, add_layout_arguments, layout_from
+from megalodon_mcore.sizes import SIZES
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,38 +35,71 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Prints the configuration, parameters by part, and bytes: on one rank, or of a layout's.
+    """Prints the configuration, parameters by module, and bytes: on one rank, or of a layout's.
 
     Raises:
         ValueError: --set, the environment or the layout has a value that does not fit.
     """
     size = SIZES[args.preset]
-    own = size.megalodon.override(config_from_environment()).override(
-        parse_config(args.set, "--set")
-    )
-    shape = accounting.ModelShape.of(size, args.vocab_size, own)
+    own = settle(parse_pairs(args.set, "--set"), size=size)
+    config = dataclasses.replace(size, vocab_size=args.vocab_size, **own)
     layout = layout_from(args)
-    if layout:
-        check_layout(shape, layout)
+    print(f"Building {args.preset} on the meta device ...", file=sys.stderr, flush=True)
+    # Both import Megatron.
+    from megalodon_mcore.planning import rank, report
+
+    single = ParallelLayout(seq_length=config.chunk_size, bf16=args.dtype == "bf16")
+    with warnings.catch_warnings():
+        # Of Megatron's and torch's parts about each other.
+        warnings.simplefilter("ignore")
+        # First of all, for what does not fit is then said alone.
+        lines = list(report.plan_lines(config, layout)) if layout else []
+        with rank.fake_rank(single):
+            model = rank.build_stage(config, single, 0, config.num_layers)
+
     print(f"Megalodon {args.preset}\n\nConfiguration")
-    _print_rows({**size.megatron_arguments(), "vocab_size": args.vocab_size})
-    _print_rows(dataclasses.asdict(shape.megalodon))
-    counts = accounting.parameters_by_part(shape)
+    _print_rows(dataclasses.asdict(config))
+    parts = parameters_by_module(model)
     print("\nParameters")
-    _print_rows(counts | {"total": sum(counts.values())})
+    _print_rows(parts | {"total": sum(parts.values())})
     if layout:
-        print("", *plan_lines(shape, layout), sep="\n")
+        print("", *lines, sep="\n")
     else:
-        _print_single_rank(shape, args.dtype)
+        _print_single_rank(model, config, single)
     return 0
 
 
-def _print_single_rank(shape: accounting.ModelShape, dtype: str) -> None:
-    bf16 = dtype == "bf16"
-    training = accounting.training_bytes(shape, bf16)
+def parameters_by_module(model: object) -> Counter[str]:
+    """Parameters of a model's modules, layers summed."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        module, _, _ = re.sub(r"layers\.\d+", "layers", name).rpartition(".")
+        counts[module] += parameter.numel()
+    return counts
+
+
+def streaming_bytes(config: MegalodonConfig, bf16: bool) -> dict[str, int]:
+    """Bytes of state that generation holds per sequence, at most, whatever the context length."""
+    layers = config.num_layers
+    return {
+        # A count in int64; mean and variance in float32. The final norm has its own.
+        "TimestepNorm": (layers + 1) * (8 + 2 * config.norm_num_groups * 4),
+        "CEMA": layers * config.hidden_size * config.cema_ndim * 8,
+        "keys and values": layers
+        * config.chunk_size
+        * (config.z_dim + config.value_dim)
+        * (2 if bf16 else 4),
+    }
+
+
+def _print_single_rank(model: object, config: MegalodonConfig, layout: ParallelLayout) -> None:
+    from megalodon_mcore.planning.measure import model_bytes, numbers_of
+
+    dtype = "bf16" if layout.bf16 else "float32"
+    training = model_bytes(numbers_of(model), layout)
     print(f"\nBytes to train in {dtype} with Adam, on one rank, activations aside")
     _print_rows(training | {"total": sum(training.values())})
-    streaming = accounting.streaming_bytes(shape, bf16)
+    streaming = streaming_bytes(config, layout.bf16)
     print("\nBytes of streaming state per sequence, whatever the context length")
     _print_rows(streaming | {"total": sum(streaming.values())})
 

@@ -10,6 +10,16 @@ from megalodon_mcore.spec import MegalodonSpec
 
 EPS = 1e-5
 
+LISTED = {
+    "200m": 220_627_968,
+    "1.3b": 1_342_832_640,
+    "1.3b-pg19": 1_327_628_288,
+    "7.1b": 7_117_381_632,
+    "7.3b": 7_385_817_088,
+    "7b-paper": 7_385_817_088,
+}
+"""Parameters of the named sizes with a vocabulary of 32,000."""
+
 
 def swiglu_heads_rescale(chunk_size) -> dict:
     """Options of `build` that differ from the default in all that changes a block's equations."""

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from building import LISTED
 from megalodon_mcore.__main__ import main
-from test_accounting import LISTED
 
 
 @pytest.mark.parametrize("command", [[], ["prepare-data"], ["generate"], ["describe"]])

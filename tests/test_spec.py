@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from building import build, megalodon_config, transformer_config
+from building import LISTED, build, megalodon_config, transformer_config
 from megalodon_mcore import spec
 from megalodon_mcore.layers.block import FinalTimestepNorm, MegalodonLayer
 from megalodon_mcore.layers.float32_module import Float32Module
@@ -186,17 +186,6 @@ def test_named_sizes_have_the_listed_values():
             "rotary_base": size.rotary_base,
             "untie_embeddings_and_output_weights": not size.tied,
         }
-
-
-LISTED = {
-    "200m": 220_627_968,
-    "1.3b": 1_342_832_640,
-    "1.3b-pg19": 1_327_628_288,
-    "7.1b": 7_117_381_632,
-    "7.3b": 7_385_817_088,
-    "7b-paper": 7_385_817_088,
-}
-"""Parameters of the named sizes."""
 
 
 def assert_as_in_the_table(model, config):

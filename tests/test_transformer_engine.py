@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from building import build, randomize, transformer_config
-from fake_world import fake_rank
 from megalodon_mcore import spec
 from megalodon_mcore.planning.layout import ParallelLayout
+from megalodon_mcore.planning.rank import fake_rank
 from megalodon_mcore.sizes import SIZES
 from test_spec import gpt_model
 from transformer_engine_reference import running_on_cpu

@@ -380,6 +380,9 @@ class _Cut:
 
 def _scan(states: Tensor, h: Tensor, q: Tensor, reverse: bool = False) -> None:
     """states[k] += q * states[k - 1] in place, in order, with h before the first."""
+    if states.is_meta:
+        # No values, and by far the most calls of all that a plan runs.
+        return
     for state in reversed(states.unbind(0)) if reverse else states.unbind(0):
         torch.addcmul(state, h, q, out=state)
         h = state

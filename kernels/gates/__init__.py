@@ -23,7 +23,8 @@ def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
     Returns:
         The product in their shape and type; differentiable (once) in both. In Triton it is computed
         in float32, contiguous, and nothing but gate and x is kept for backward; so it is where the
-        portable path fuses its loops (see `fuse`), which else rounds silu(gate) and keeps that too.
+        portable path fuses its loops (see `fuse`), which else rounds silu(gate) and, on a CPU,
+        keeps that too.
 
     Raises:
         ValueError: a shape or type does not fit.

@@ -14,9 +14,12 @@ from ..fuse import fused, fuses
 def gated_silu_portable(gate: Tensor, x: Tensor) -> Tensor:
     """Same arguments and result as `gated_silu`; nothing is checked here.
 
-    On a CPU computing silu again for backward takes longer than keeping it, unless it is fused.
+    On a CPU computing silu again for backward takes longer than keeping it, unless it is fused;
+    elsewhere memory is what is short.
     """
-    return _GatedSiLU.apply(gate, x) if fuses(gate) else F.silu(gate) * x
+    if gate.device.type == "cpu" and not fuses(gate):
+        return F.silu(gate) * x
+    return _GatedSiLU.apply(gate, x)
 
 
 def swiglu_portable(hidden: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.nn import functional as F
 
-from megalodon_mcore.accounting import training_flops_per_token
 from megalodon_mcore.config import ARGUMENT_PREFIX, FIELDS, OWN, MegalodonConfig, names
 from megalodon_mcore.config_sources import settle
 from megalodon_mcore.options import refusal, refusals
 from megalodon_mcore.parallel.sequence_layout import ORDER_OF_MEGATRON
 from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.spec import MegalodonSpec
+from megalodon_mcore.throughput import training_flops_per_token
 from megalodon_mcore.validation import check_layout
 
 

@@ -1,6 +1,5 @@
-"""What a planned run takes from every rank: parameters, memory and traffic, from formulas alone.
+"""What a planned run takes from a rank: its share of the real model, built and run without data.
 
-Nothing here imports torch or Megatron. Symbols, as in the layers: D hidden size, H heads, Z z_dim,
-E value_dim, F FFN size, N cema_ndim, G norm groups, C chunk size, V vocabulary, L sequence length,
-B micro-batch size.
+`rank` makes this process one rank of a large world, `measure` counts what that rank holds, keeps
+and sends, and `report` prints it. Only `layout` is imported without torch and Megatron.
 """

@@ -1,15 +1,14 @@
-"""A planned layout: how many ranks share the model and its sequences, and whether that fits."""
+"""A planned layout: how many ranks share the model and its sequences, from the command line."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 
-from megalodon_mcore.accounting import BYTES_BFLOAT16, BYTES_FLOAT32, ModelShape
 from megalodon_mcore.parallel.sequence_layout import (
     SEQUENCE_ORDERS,
     SequenceLayout,
     context_parallel_layout,
-    sequence_parallel_layout,
 )
 
 RECOMPUTE = ("none", "selective", "full")
@@ -51,115 +50,83 @@ class ParallelLayout:
         return self.sequence_parallel and self.tp > 1
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a micro-batch inside a tensor-parallel group: L/cp * B."""
-        return self.seq_length // self.cp * self.micro_batch_size
-
-    @property
-    def residual_tokens(self) -> int:
-        """Tokens of a micro-batch whose residual stream a rank holds: L/cp * B, over tp with SP."""
-        return self.tokens // self.tp if self.splits_residual else self.tokens
-
-    @property
-    def activation_bytes(self) -> int:
-        """Bytes of one number of the hidden states."""
-        return BYTES_BFLOAT16 if self.bf16 else BYTES_FLOAT32
+    def residual_length(self) -> int:
+        """Positions whose residual stream a rank holds: L/cp, over tp with sequence parallelism."""
+        return self.seq_length // self.cp // (self.tp if self.splits_residual else 1)
 
     def context_layout(self) -> SequenceLayout:
         """The positions of every context-parallel rank."""
         return context_parallel_layout(self.order, self.cp, self.seq_length // self.cp)
 
-    def residual_layout(self) -> SequenceLayout:
-        """The positions whose residual stream every rank holds: cp ranks, or cp * tp with SP."""
-        layout = self.context_layout()
-        return sequence_parallel_layout(layout, self.tp) if self.splits_residual else layout
-
-    def stage_layers(self, shape: ModelShape, stage: int) -> int:
+    def stage_layers(self, num_layers: int, stage: int) -> int:
         """Layers of a pipeline stage."""
-        return self.layers_by_stage[stage] if self.layers_by_stage else shape.num_layers // self.pp
+        return self.layers_by_stage[stage] if self.layers_by_stage else num_layers // self.pp
 
-    def micro_batches_in_flight(self, stage: int) -> int:
-        """Micro-batches of which a stage keeps activations under 1F1B, at most."""
-        return self.pp - stage
+    def check(self, num_layers: int) -> None:
+        """Checks what no argument of Megatron's stands for; the rest is `validation`'s.
+
+        Raises:
+            ValueError: the first value that does not fit; one sentence names it and what would do.
+        """
+        for name in ("seq_length", "tp", "pp", "cp", "dp", "micro_batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                argument = name.replace("_", "-")
+                raise ValueError(f"--{argument} is {value}; it takes a positive integer.")
+        stages = self.layers_by_stage
+        if stages and (len(stages) != self.pp or sum(stages) != num_layers or min(stages) < 1):
+            raise ValueError(
+                f"--layers-by-stage is {' '.join(map(str, stages))}; for --pp {self.pp} it takes "
+                f"{self.pp} positive integers that add up to the {num_layers} layers."
+            )
 
 
-def head_ranks(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Tensor-parallel ranks that share a head's queries and keys: tp / H, at least 1."""
-    return max(1, layout.tp // shape.megalodon.num_heads)
+def add_layout_arguments(parser: ArgumentParser) -> None:
+    """Adds the options of a planned layout; all are None where they are not given."""
+    group = parser.add_argument_group(
+        "planned layout", "With any of these, prints memory and traffic of each stage's ranks."
+    )
+    for name, meaning in (
+        ("tp", "Tensor-parallel ranks (1)."),
+        ("pp", "Pipeline stages (1)."),
+        ("cp", "Context-parallel ranks (1)."),
+        ("dp", "Data-parallel replicas (1)."),
+        ("seq-length", "Tokens of a sequence, the whole of it; needed for a plan."),
+        ("micro-batch-size", "Sequences in a micro-batch (1)."),
+    ):
+        group.add_argument(f"--{name}", type=int, help=meaning)
+    group.add_argument("--order", choices=SEQUENCE_ORDERS, help="How CP cuts (contiguous).")
+    group.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        help="Run forward again in backward: nothing of it, attention and FFN, all (none).",
+    )
+    group.add_argument(
+        "--layers-by-stage",
+        type=int,
+        nargs="+",
+        metavar="LAYERS",
+        help="Layers of each pipeline stage (equal).",
+    )
+    for name, meaning in (
+        ("sequence-parallel", "Split the residual stream over TP ranks too (yes, with --tp)."),
+        ("distributed-optimizer", "Shard Adam's state over dp * cp ranks (yes)."),
+    ):
+        group.add_argument(f"--{name}", action=BooleanOptionalAction, help=meaning)
 
 
-def check_layout(shape: ModelShape, layout: ParallelLayout) -> None:
-    """Checks that the model and its sequences can be cut so.
+def layout_from(args: Namespace) -> ParallelLayout | None:
+    """The planned layout; None where no option asks for one.
 
     Raises:
-        ValueError: the first value that does not fit; one sentence names it and what would work.
+        ValueError: there are options but no length.
     """
-    _check_values(layout)
-    _check_tensor_parallel(shape, layout.tp)
-    _check_pipeline_parallel(shape, layout)
-    _check_sequence(layout)
-
-
-def _check_values(layout: ParallelLayout) -> None:
-    for name in ("seq_length", "tp", "pp", "cp", "dp", "micro_batch_size"):
-        value = getattr(layout, name)
-        if value < 1:
-            argument = name.replace("_", "-")
-            raise ValueError(f"--{argument} is {value}; it takes a positive integer.")
-    for name, known in (("recompute", RECOMPUTE), ("order", SEQUENCE_ORDERS)):
-        value = getattr(layout, name)
-        if value not in known:
-            raise ValueError(f"--{name} is {value!r}; it takes {', '.join(known)}.")
-
-
-def _check_tensor_parallel(shape: ModelShape, tp: int) -> None:
-    heads = shape.megalodon.num_heads
-    if heads % tp and tp % heads:
-        raise ValueError(
-            f"--tensor-model-parallel-size is {tp} and there are {heads} heads; take a divisor or "
-            f"a multiple of {heads}."
-        )
-    for name, width in (
-        ("--hidden-size", shape.hidden_size),
-        ("value_dim", shape.megalodon.value_dim),
-        ("--ffn-hidden-size", shape.ffn_hidden_size),
-        ("the padded vocabulary", shape.vocab_size),
-    ):
-        if width % tp:
-            raise ValueError(
-                f"--tensor-model-parallel-size is {tp}, which does not divide {name} {width}; "
-                "take a size that does."
-            )
-
-
-def _check_pipeline_parallel(shape: ModelShape, layout: ParallelLayout) -> None:
-    layers, pp, by_stage = shape.num_layers, layout.pp, layout.layers_by_stage
-    if by_stage is None:
-        if layers % pp:
-            raise ValueError(
-                f"--pipeline-model-parallel-size is {pp}, which does not divide --num-layers "
-                f"{layers}; take a divisor of {layers} or uneven stages."
-            )
-    elif len(by_stage) != pp or sum(by_stage) != layers or min(by_stage) < 1:
-        raise ValueError(
-            f"the stages have {' + '.join(map(str, by_stage))} layers; for "
-            f"--pipeline-model-parallel-size {pp} and --num-layers {layers} take {pp} positive "
-            f"numbers that add up to {layers}."
-        )
-
-
-def _check_sequence(layout: ParallelLayout) -> None:
-    length, cp = layout.seq_length, layout.cp
-    zigzag = layout.order == "zigzag" and cp > 1
-    parts = 2 * cp if zigzag else cp
-    if length % parts:
-        raise ValueError(
-            f"--seq-length is {length}, which {layout.order} order with --context-parallel-size "
-            f"{cp} cuts into {parts} equal parts; take a multiple of {parts}."
-        )
-    if layout.splits_residual and length // cp % layout.tp:
-        raise ValueError(
-            f"--seq-length is {length}, so a context-parallel rank has {length // cp} positions, "
-            f"which --tensor-model-parallel-size {layout.tp} does not divide; with "
-            f"--sequence-parallel take a multiple of {cp * layout.tp}."
-        )
+    names = [name for name in ParallelLayout.__dataclass_fields__ if name != "bf16"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not given:
+        return None
+    if "seq_length" not in given:
+        raise ValueError("--seq-length is missing; a layout is planned for a sequence's length.")
+    if "layers_by_stage" in given:
+        given["layers_by_stage"] = tuple(given["layers_by_stage"])
+    return ParallelLayout(bf16=args.dtype == "bf16", **given)

@@ -3,9 +3,9 @@
 import pytest
 
 from building import build
-from fake_world import fake_rank
 from megalodon_mcore.parameters import LAYER_PREFIXES, LAYER_ROWS, MODEL_ROWS
 from megalodon_mcore.planning.layout import ParallelLayout
+from megalodon_mcore.planning.rank import fake_rank
 
 
 @pytest.mark.parametrize("heads", [1, 2], ids=["shared-head", "own-heads"])

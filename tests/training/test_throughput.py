@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from megalodon_mcore.accounting import training_flops_per_token
 from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.throughput import training_flops_per_token
 from training.runs import TINY, scalars, train
 
 LOGGED = ("--log-throughput", "--log-timers-to-tensorboard")
