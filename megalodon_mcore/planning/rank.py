@@ -92,9 +92,14 @@ def meta_as_cuda() -> Iterator[None]:
 
 
 def build_stage(
-    size: MegalodonSize, vocab_size: int, layout: ParallelLayout, stage: int, layers: int
+    size: MegalodonSize,
+    vocab_size: int,
+    layout: ParallelLayout,
+    stage: int,
+    layers: int,
+    device: torch.device = META,
 ) -> torch.nn.Module:
-    """The GPTModel of a pipeline stage, on the meta device, in the groups that fake_rank made.
+    """The GPTModel of a pipeline stage, in the groups that fake_rank made.
 
     Args:
         size: a size whose Megalodon values are resolved.
@@ -102,6 +107,7 @@ def build_stage(
         layout: that of the groups.
         stage: from 0.
         layers: of every stage.
+        device: meta, or the CPU.
     """
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -110,9 +116,10 @@ def build_stage(
     # That it is deprecated helps nobody here.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     config = transformer_config(size, layout, layers * layout.pp)
+    config.init_model_with_meta_device = device == META
     built = {name: getattr(config, name) for name in ("num_layers", "num_attention_heads")}
     size = dataclasses.replace(size, **built)
-    with torch.device(META), patch.dict(os.environ):
+    with device, patch.dict(os.environ):
         # Its values are in the size.
         os.environ.pop(CONFIG_VARIABLE, None)
         model = GPTModel(
@@ -158,7 +165,6 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
-        init_model_with_meta_device=True,
         **RECOMPUTE_OPTIONS[layout.recompute],
     )
 
