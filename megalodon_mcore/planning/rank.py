@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import torch
 
 from megalodon_mcore import cpu
 from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.kernels import dispatch
 from megalodon_mcore.planning.layout import ParallelLayout
 
 if TYPE_CHECKING:
@@ -72,7 +74,11 @@ def fake_rank(
 
 @contextmanager
 def meta_as_cuda() -> Iterator[None]:
-    """Where Megatron makes a tensor on the current CUDA device it is on the meta device."""
+    """Where Megatron makes a tensor on the current CUDA device it is on the meta device.
+
+    Operators take their portable path, which keeps for backward what the kernels of a GPU do, but
+    for some states of CEMA.
+    """
     autocast = torch.autocast.__init__
 
     def known_autocast(context: object, device_type: str, *args: object, **kwargs: object) -> None:
@@ -81,6 +87,7 @@ def meta_as_cuda() -> Iterator[None]:
     random = "megatron.core.tensor_parallel.random"
     with (
         patch("torch.cuda.current_device", lambda: META),
+        patch.dict(os.environ, {dispatch.VARIABLE: "torch"}),
         patch("torch.autocast.__init__", known_autocast),
         # They look for the current device's generator.
         patch(f"{random}._get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
@@ -90,15 +97,20 @@ def meta_as_cuda() -> Iterator[None]:
 
 
 def build_stage(
-    megalodon: MegalodonConfig, layout: ParallelLayout, stage: int, layers: int
+    megalodon: MegalodonConfig,
+    layout: ParallelLayout,
+    stage: int,
+    layers: int,
+    device: torch.device = META,
 ) -> torch.nn.Module:
-    """The GPTModel of a pipeline stage, on the meta device, in the groups that fake_rank made.
+    """The GPTModel of a pipeline stage, in the groups that fake_rank made.
 
     Args:
         megalodon: the model; its vocabulary with padding.
         layout: that of the groups.
         stage: from 0.
         layers: of every stage.
+        device: meta, or the CPU.
     """
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -106,9 +118,11 @@ def build_stage(
 
     # That it is deprecated helps nobody here.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    with torch.device(META):
+    config = transformer_config(megalodon, layout, layers * layout.pp)
+    config.init_model_with_meta_device = device == META
+    with device:
         model = GPTModel(
-            config=transformer_config(megalodon, layout, layers * layout.pp),
+            config=config,
             transformer_layer_spec=MegalodonSpec(settled=megalodon, sequence_order=layout.order),
             vocab_size=megalodon.vocab_size,
             max_sequence_length=layout.seq_length,
@@ -150,7 +164,6 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
-        init_model_with_meta_device=True,
         **RECOMPUTE_OPTIONS[layout.recompute],
     )
 
