@@ -55,15 +55,16 @@ class MegalodonCache(Cache):
     """All that a Megalodon remembers of a batch of sequences; its size does not grow with them.
 
     Every tensor has one shape and, without gradients, one place for good: so a decoding step fits
-    a CUDA graph. Slots of a row's chunk that it has not reached hold anything.
+    a CUDA graph. Slots of a row's chunk that it has not reached hold anything. is_compileable asks
+    `generate` to compile its steps where transformers does so, on a GPU.
     """
 
-    is_compileable = True
+    is_compileable = False
     is_croppable = False
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: MegalodonConfig, is_compileable: bool = False) -> None:
         super().__init__(layers=[])
-        self.num_layers = config.num_hidden_layers
+        self.num_layers, self.is_compileable = config.num_hidden_layers, is_compileable
         self.reset()
 
     def reset(self) -> None:
@@ -107,6 +108,11 @@ class MegalodonCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many steps were fed, padding included."""
         return 0 if self.columns is None else int(self.columns)
+
+    def restart_count(self) -> None:
+        """Counts steps from here, for a `generate` that is given only what follows."""
+        if self.columns is not None:
+            self.columns.zero_()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is none."""
@@ -1062,10 +1068,11 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; Megalodon's "
-                "cache is static and of constant size as it is, so leave it out."
+                "cache is of constant size, and 'static' lets transformers compile a step."
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MegalodonCache(self.config)
+            static = generation_config.cache_implementation == "static"
+            model_kwargs["past_key_values"] = MegalodonCache(self.config, static)
 
     def prepare_inputs_for_generation(
         self, *args: object, inputs_embeds: Tensor | None = None, **kwargs: object
