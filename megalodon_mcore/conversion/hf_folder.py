@@ -106,6 +106,11 @@ def write_hf(
     (folder / "README.md").write_text(model_card(model, dtype), encoding="utf-8")
 
 
+def piece_length(chunk_size: int) -> int:
+    """Steps to read at once: whole chunks."""
+    return chunk_size * max(1, 2048 // chunk_size)
+
+
 def _configuration(model: OpenModel, dtype: torch.dtype) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model_type": "megalodon",
@@ -116,8 +121,7 @@ def _configuration(model: OpenModel, dtype: torch.dtype) -> dict[str, Any]:
     values |= model.architecture.named("hf")
     values["rope_theta"] = float(values["rope_theta"])
     values["use_cache"] = True
-    chunk_size = model.architecture.chunk_size
-    values["piece_length"] = chunk_size * max(1, 2048 // chunk_size)
+    values["piece_length"] = piece_length(model.architecture.chunk_size)
     if model.training:
         values[TRAINING] = model.training
     return values | _token_ids(model)
@@ -144,7 +148,6 @@ def _with_derived(values: dict[str, Any], origin: str) -> dict[str, Any]:
 
     by_name = names("hf")
     own = {theirs: values[theirs] for theirs in by_name.values() if values.get(theirs) is not None}
-    own.pop(by_name["init_mode"], None)
     try:
         return MegalodonConfig(**own).to_dict() | values
     except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megalodon_mcore.checkpoint_tokenizer import tokenizer_of_checkpoint
+from megalodon_mcore.checkpoint_tokenizer import MissingTokenizerError, tokenizer_of_checkpoint
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.tokenizers import (
     NULL_TOKENIZER,
@@ -58,9 +58,10 @@ def tokenizer_of(
         except FileNotFoundError as error:
             place = None
             if vocab_size is None:
-                raise ValueError(
-                    f"{error}; give its place with --tokenizer, or the number of its tokens with "
-                    "--vocab-size."
+                raise MissingTokenizerError(
+                    error,
+                    "give its place with --tokenizer, or the number of its tokens with "
+                    "--vocab-size.",
                 ) from None
         if place is not None:
             found = open_tokenizer(place)

@@ -30,7 +30,7 @@ def open_tokenizer(place: Path) -> Tokenizer | None:
     names = {file.name for file in files}
     if "tokenizer_config.json" not in names and "tokenizer.json" not in names:
         return _sentencepiece(place / "tokenizer.model") if "tokenizer.model" in names else None
-    loaded = _load(place)
+    loaded = load_tokenizer(place)
     return Tokenizer(
         "HuggingFaceTokenizer",
         files,
@@ -45,8 +45,8 @@ def tokenizer_vocab_size(tokenizer: Tokenizer | None) -> int | None:
     if tokenizer is None or not tokenizer.files:
         return None
     if tokenizer.kind == "HuggingFaceTokenizer":
-        return len(_load(tokenizer.files[0].parent))
-    return _processor(tokenizer.files[0]).vocab_size()
+        return len(load_tokenizer(tokenizer.files[0].parent))
+    return load_processor(tokenizer.files[0]).vocab_size()
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -65,7 +65,12 @@ def pad_on_the_left(folder: Path) -> None:
         write_object(config, values | {"padding_side": "left"})
 
 
-def _load(folder: Path):  # noqa: ANN202
+def load_tokenizer(folder: Path):  # noqa: ANN201
+    """A Hugging Face tokenizer.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # A model's config.json beside the tokenizer would want its own code run.
@@ -85,12 +90,17 @@ def _load(folder: Path):  # noqa: ANN202
 
 
 def _sentencepiece(path: Path) -> Tokenizer:
-    processor = _processor(path)
+    processor = load_processor(path)
     ids = (processor.eos_id(), processor.bos_id(), processor.pad_id())
     return Tokenizer("GPTSentencePieceTokenizer", (path,), *(z if z >= 0 else None for z in ids))
 
 
-def _processor(path: Path):  # noqa: ANN202
+def load_processor(path: Path):  # noqa: ANN201
+    """A SentencePiece model.
+
+    Raises:
+        ValueError: it is none.
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:

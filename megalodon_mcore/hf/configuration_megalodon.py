@@ -59,6 +59,9 @@ class MegalodonConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     """Dropout on the softmax weights."""
 
+    megalodon_init_mode: str = "he"
+    """How fresh projections start: he, bert, xavier or gaussian."""
+
     use_cache: bool = True
 
     piece_length: int = 2048
@@ -126,6 +129,11 @@ class MegalodonConfig(PreTrainedConfig):
         for name in ("rope_theta", "norm_eps"):
             if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number.")
+        if self.megalodon_init_mode not in ("he", "bert", "xavier", "gaussian"):
+            raise ValueError(
+                f"megalodon_init_mode is {self.megalodon_init_mode!r}; it takes he, bert, xavier "
+                "or gaussian."
+            )
         for name in ("dropout", "hidden_dropout", "attention_dropout"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(

@@ -32,47 +32,87 @@ from transformers.utils import can_return_tuple
 
 from .configuration_megalodon import MegalodonConfig
 
+try:
+    # With Triton kernels for a GPU; without this package the operators below do the same.
+    from megalodon_mcore import kernels
+    from megalodon_mcore.kernels import (  # noqa: F401
+        cema,
+        chunked_attention,
+        gates,
+        query_key,
+        row_norm,
+        timestep_norm,
+    )
+except ImportError:
+    kernels = None
+
 CEMA_BLOCK = 64
-# Up to this length CEMA's plain recurrence costs less than building a block's matrices.
-CEMA_SHORT = 8
 # Arguments by which transformers' collators and trainers mark samples packed into one row.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
-class LayerState(NamedTuple):
-    """What a block remembers: TimestepNorm's statistics, CEMA's state, the chunk it is in."""
-
-    mean: Tensor  # float64 [batch, G]
-    var: Tensor  # float64 [batch, G]
-    cema: Tensor  # complex64 [batch, D, N]
-    keys: Tensor  # [batch, most steps of a row's chunk, H, Z/H]; a row's own come first
-    values: Tensor  # [batch, the same, H, E/H]
-
-
 class MegalodonCache(Cache):
-    """All that a Megalodon remembers of a batch of sequences; its size does not grow with them."""
+    """All that a Megalodon remembers of a batch of sequences; its size does not grow with them.
+
+    Every tensor has one shape and, without gradients, one place for good: so a decoding step fits
+    a CUDA graph. Slots of a row's chunk that it has not reached hold anything. is_compileable asks
+    `generate` to compile its steps where transformers does so, on a GPU.
+    """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: MegalodonConfig, is_compileable: bool = False) -> None:
         super().__init__(layers=[])
-        self.num_layers = config.num_hidden_layers
+        self.num_layers, self.is_compileable = config.num_hidden_layers, is_compileable
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.layer_states: list[LayerState | None] = [None] * self.num_layers
-        self.final_norm: tuple[Tensor, Tensor] | None = None
-        self.steps_seen: Tensor | None = None  # int64 [batch] on the CPU, without padding
-        self.length = 0  # with padding
+        # Of each layer: mean and var, float64 [batch, G], cema [batch, D, N, 2], keys and values
+        # [batch, H, C, Z/H and E/H], and what CEMA's step takes from the parameters; then the final
+        # norm's mean and var.
+        self.states: list[dict] = []
+        self.seen: Tensor | None = None  # int64 [batch], without padding
+        self.columns: Tensor | None = None  # int64 [], with padding
+
+    def allocate(self, model: MegalodonModel, like: Tensor) -> None:
+        """Makes room for a batch such as `like` [batch, length, D]."""
+        config, batch, device = model.config, len(like), like.device
+        self.seen = like.new_zeros(batch, dtype=torch.int64)
+        self.columns = like.new_zeros((), dtype=torch.int64)
+        heads, chunk = config.num_attention_heads, config.chunk_size
+        dtype = like.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        for norm in [*(layer.timestep_norm for layer in model.layers), model.norm]:
+            place, zeros = norm.weight.device, torch.zeros
+            place = device if place.type == "meta" else place
+            statistics = (zeros(batch, norm.num_groups, dtype=torch.float64, device=place),) * 2
+            self.states.append({"mean": statistics[0], "var": statistics[1].clone()})
+            if norm is not model.norm:
+                shape = (batch, config.hidden_size, config.cema_ndim, 2)
+                averages = zeros(shape, dtype=at_least_float32(like).dtype, device=place)
+                keys, values = (
+                    zeros(batch, heads, chunk, width // heads, dtype=dtype, device=place)
+                    for width in (config.z_dim, config.value_dim)
+                )
+                self.states[-1] |= {"cema": averages, "keys": keys, "values": values}
+        if not torch.compiler.is_compiling():
+            for tensor in (self.seen, self.columns, *(z for s in self.states for z in s.values())):
+                torch._dynamo.mark_static_address(tensor)
 
     def __len__(self) -> int:
         return self.num_layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many steps were fed, padding included."""
-        return self.length
+        return 0 if self.columns is None else int(self.columns)
+
+    def restart_count(self) -> None:
+        """Counts steps from here, for a `generate` that is given only what follows."""
+        if self.columns is not None:
+            self.columns.zero_()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is none."""
@@ -80,17 +120,13 @@ class MegalodonCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, in this order."""
-
-        def select(tensors: tuple | None) -> tuple | None:
-            if tensors is None:
-                return None
-            rows = (z.index_select(0, indices.to(z.device)) for z in tensors)
-            return LayerState(*rows) if isinstance(tensors, LayerState) else tuple(rows)
-
-        if self.steps_seen is not None:
-            self.steps_seen = self.steps_seen[indices.cpu()]
-            self.final_norm = select(self.final_norm)
-            self.layer_states = [select(state) for state in self.layer_states]
+        if self.seen is None:
+            return
+        self.seen = self.seen[indices.to(self.seen.device)]
+        for state in self.states:
+            for name in ROWS & state.keys():
+                rows = state[name].index_select(0, indices.to(state[name].device))
+                update(state, name, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows beam search."""
@@ -98,8 +134,8 @@ class MegalodonCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
-        if self.steps_seen is not None:
-            rows = torch.arange(len(self.steps_seen))
+        if self.seen is not None:
+            rows = torch.arange(len(self.seen), device=self.seen.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -114,6 +150,22 @@ class MegalodonCache(Cache):
         )
 
 
+# What a cache's state has for every row.
+ROWS = {"mean", "var", "cema", "keys", "values"}
+
+
+def update(state: dict, name: str, value: Tensor) -> None:
+    """Puts a tensor in a state, in its place unless gradients go through either."""
+    if state[name].shape == value.shape and in_place(state[name]):
+        state[name].copy_(value)
+    else:
+        state[name] = value.to(state[name].dtype)
+
+
+def in_place(tensor: Tensor) -> bool:
+    return not torch.is_grad_enabled() and not tensor.requires_grad
+
+
 class Span(NamedTuple):
     """Where a piece of steps lies in its rows; the same for every block.
 
@@ -125,82 +177,53 @@ class Span(NamedTuple):
     lengths: Tensor  # int64 [batch]: real steps in it
     cos: Tensor  # [batch or 1, length, 1, Z/H/2], the rotations' angles
     sin: Tensor
-    mask: Tensor | None  # bool [batch or 1, 1, length, cached + length]; None: no keys are cached
-    # Which of the cached and new keys to keep, int64 [batch, kept], or one slice for all rows; None
-    # where no state is to be returned.
-    kept: Tensor | slice | None
-
-
-def first_span(
-    config: MegalodonConfig, lengths: Tensor | None, like: Tensor, return_state: bool
-) -> Span:
-    """The span of rows that start with `like`, where their lengths need not be looked at.
-
-    So that a compiled or exported model has no branch on data: there is no state to return, or
-    lengths is None, because nothing is padded.
-    """
-    batch, length = like.shape[:2]
-    position = torch.arange(length, device=like.device)[None]
-    if lengths is None:
-        lengths = position.new_full((batch,), length)
-    lengths = lengths.to(like.device)
-    kept = slice(length - length % config.chunk_size, length) if return_state else None
-    cos, sin = angles(config, position, like)
-    return Span(torch.zeros_like(lengths), lengths, cos, sin, None, kept)
-
-
-def angles(config: MegalodonConfig, position: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotations at positions int64 [rows, length]."""
-    pairs = torch.arange(config.z_dim // config.num_attention_heads // 2, device=like.device)
-    frequency = config.rope_theta ** (-pairs.double() / len(pairs))
-    angle = ((position % config.chunk_size)[..., None] * frequency)[:, :, None]
-    dtype = at_least_float32(like).dtype
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    # bool [batch or 1, 1, length, keys]: for a single step of the cached keys, its own among them,
+    # else of the cached and the new ones; None where all rows are at a chunk's start.
+    mask: Tensor | None
+    offset: int | None  # seen, where it is one number and `kernels` do the work
 
 
 def make_span(
-    config: MegalodonConfig, seen: Tensor, lengths: Tensor, like: Tensor, return_state: bool
+    config: MegalodonConfig,
+    seen: Tensor,
+    lengths: Tensor | None,
+    like: Tensor,
+    cached: bool,
+    start: int | None,
 ) -> Span:
-    """The span of `like` [batch, length, D]; seen and lengths int64 [batch] on the CPU."""
-    chunk_size, length = config.chunk_size, like.shape[1]
-    fill = seen % chunk_size
-    cached = int(fill.max())
-    if (fill == fill[0]).all():
-        fill = fill[:1]
-    total = fill + lengths
-    start = total - total % chunk_size
-    kept_width = int((total - start).max())
-    kept = None
-    if return_state and (total == total[0]).all() and len(fill) == 1:
-        first = cached + int(start[0] - fill[0]) if start[0] else 0
-        kept = slice(first, first + kept_width)
-    fill, start, seen, lengths = (z.to(like.device) for z in (fill, start, seen, lengths))
+    """The span of `like` [batch, length, D].
 
+    Args:
+        config: the model's.
+        seen: int64 [batch].
+        lengths: int64 [batch]; None where nothing is padded.
+        like: the input.
+        cached: whether there are states to be updated.
+        start: what `seen` is in all rows; None where they differ, or nobody has looked.
+    """
+    length, chunk_size, device = like.shape[1], config.chunk_size, like.device
+    usable = kernels is not None and not torch.compiler.is_compiling() and start is not None
+    usable = usable and not (cached and (length == 1 or lengths is not None))
+    fill = seen % chunk_size if start is None else seen.new_full((1,), start % chunk_size)
     # Positions count from the start of the chunk a row is in.
-    position = fill[:, None] + torch.arange(length, device=like.device)
-    cos, sin = angles(config, position, like)
+    position = fill[:, None] + torch.arange(length, device=device)
+    pairs = torch.arange(config.z_dim // config.num_attention_heads // 2, device=device)
+    frequency = config.rope_theta ** (-pairs.double() / len(pairs))
+    angle = ((position % chunk_size)[..., None] * frequency)[:, :, None]
+    cos, sin = (z.to(at_least_float32(like).dtype) for z in (angle.cos(), angle.sin()))
 
-    mask = None
-    if cached:
-        slots = torch.arange(cached, device=like.device).expand(len(fill), -1)
-        empty = torch.iinfo(torch.int64).max
-        key_position = torch.cat([slots.where(slots < fill[:, None], empty), position], dim=1)
+    mask, slots = None, torch.arange(chunk_size, device=device)
+    if cached and length == 1:
+        mask = (slots <= fill[:, None])[:, None, None]
+    elif start is None or start % chunk_size:
+        # A slot that is not yet filled is in no query's chunk.
+        slots = torch.where(slots < fill[:, None], slots, -1)
+        key_position = torch.cat([slots, position], dim=1)
         key, query = key_position[:, None, None, :], position[:, None, :, None]
         mask = (key <= query) & (key // chunk_size == query // chunk_size)
-    if return_state and kept is None:
-        index = start[:, None] + torch.arange(kept_width, device=like.device)
-        kept = index.where(index < fill[:, None], cached + index - fill[:, None])
-        kept = kept.clamp(max=cached + length - 1)
-    return Span(seen, lengths, cos, sin, mask, kept)
-
-
-def keep(z: Tensor, kept: Tensor | slice) -> Tensor:
-    """The cached and new keys or values [batch, steps, ...] that a span keeps."""
-    if isinstance(kept, slice):
-        part = z[:, kept]
-        # A smaller part is copied: a view of it would hold the memory of the whole.
-        return part if part.shape == z.shape else part.clone()
-    return z[torch.arange(len(z), device=z.device)[:, None], kept]
+    if lengths is None:
+        lengths = torch.full_like(seen, length)
+    return Span(seen, lengths, cos, sin, mask, start if usable else None)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -210,6 +233,11 @@ def at_least_float32(x: Tensor) -> Tensor:
 def after(steps: Tensor, lengths: Tensor) -> Tensor:
     """steps[b, lengths[b]] of [batch, length + 1, ...]: what holds after a row's last step."""
     return steps[torch.arange(len(steps), device=steps.device), lengths]
+
+
+def by_kernels(x: Tensor) -> bool:
+    """Whether what depends on no other step goes by `kernels`, too."""
+    return kernels is not None and x.shape[1] > 1 and not torch.compiler.is_compiling()
 
 
 class Float32Module(nn.Module):
@@ -241,14 +269,15 @@ class TimestepNorm(Float32Module):
         self.weight = float32_zeros(config.hidden_size)
         self.bias = float32_zeros(config.hidden_size)
 
-    def forward(
-        self, x: Tensor, span: Span, state: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x [batch, length, D] and (mean, var) float64 [batch, G] before it to the same after."""
+    def forward(self, x: Tensor, span: Span, state: dict | None) -> Tensor:
+        """[batch, length, D] to the same; the state's mean and var become those after it."""
+        if state is not None and x.shape[1] == 1:
+            return self._step(x[:, 0], span, state)[:, None]
+        if span.offset is not None:
+            return self._by_kernels(x, span, state)
         groups = at_least_float32(x).unflatten(-1, (self.num_groups, -1))
-        if state is None:
-            state = (groups.new_zeros(len(x), self.num_groups, dtype=torch.float64),) * 2
-        mean_before, var_before = state
+        none = groups.new_zeros(len(x), self.num_groups, dtype=torch.float64)
+        mean_before, var_before = (none, none) if state is None else (state["mean"], state["var"])
         before = span.seen[:, None].double()
         steps = torch.arange(1, x.shape[1] + 1, device=x.device)
         count = (span.seen[:, None] + steps)[..., None].double()
@@ -273,12 +302,41 @@ class TimestepNorm(Float32Module):
         high = mean.detach().to(groups.dtype)
         low = (mean - high).to(groups.dtype)[..., None]
         normed = torch.addcmul(-low * rstd, groups - high[..., None], rstd).flatten(2)
-        y = torch.addcmul(self.bias, normed, self.weight + 1).to(x.dtype)
-        if span.kept is None:
-            return y, None
-        mean = torch.cat([mean_before[:, None], mean], dim=1)
-        var = torch.cat([var_before[:, None], var], dim=1)
-        return y, (after(mean, span.lengths), after(var, span.lengths))
+        if state is not None:
+            for name, now in (("mean", mean), ("var", var)):
+                steps = torch.cat([state[name][:, None], now], dim=1)
+                update(state, name, after(steps, span.lengths))
+        return torch.addcmul(self.bias, normed, self.weight + 1).to(x.dtype)
+
+    def _step(self, x: Tensor, span: Span, state: dict) -> Tensor:
+        """[batch, D]: the running mean moves by the step's share of all there is."""
+        groups = x.double().unflatten(-1, (self.num_groups, -1))
+        step_var, step_mean = torch.var_mean(groups, dim=-1, correction=0)
+        count = (span.seen + span.lengths).clamp_min(1)
+        share = (span.lengths / count.double())[:, None]
+        off = step_mean - state["mean"]
+        mean = torch.addcmul(state["mean"], off, share)
+        var = state["var"].lerp(torch.addcmul(step_var, off * (1 - share), off), share)
+        update(state, "mean", mean)
+        update(state, "var", var)
+        normed = (groups - mean[..., None]) * (var + self.eps).rsqrt()[..., None]
+        normed = normed.flatten(1).to(self.bias.dtype)
+        return torch.addcmul(self.bias, normed, self.weight + 1).to(x.dtype)
+
+    def _by_kernels(self, x: Tensor, span: Span, state: dict | None) -> Tensor:
+        own, before = kernels.timestep_norm, None
+        if span.offset:
+            before = own.TimestepNormState(span.seen, state["mean"], state["var"])
+        arguments = (self.weight, self.bias, self.num_groups, self.eps, before)
+        y, _ = own.timestep_norm(x, *arguments)
+        if state is not None:
+            # In float64, where the state that the operator returns may be narrower.
+            mean, var = own.timestep_statistics(x, self.num_groups)
+            share = x.shape[1] / (span.offset + x.shape[1])
+            off = mean - state["mean"]
+            update(state, "var", state["var"].lerp(var + (1 - share) * off.square(), share))
+            update(state, "mean", state["mean"] + share * off)
+        return y
 
 
 class RMSNorm(Float32Module):
@@ -290,6 +348,8 @@ class RMSNorm(Float32Module):
         self.weight = float32_zeros(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if by_kernels(x):
+            return kernels.row_norm.rms_norm(x, self.weight, self.eps)
         wide = at_least_float32(x)
         return F.rms_norm(wide, self.weight.shape, self.weight + 1, self.eps).to(x.dtype)
 
@@ -304,6 +364,8 @@ class LayerNorm(Float32Module):
         self.bias = float32_zeros(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if by_kernels(x):
+            return kernels.row_norm.layer_norm(x, self.weight, self.bias, self.eps)
         wide, gain = at_least_float32(x), self.weight + 1
         return F.layer_norm(wide, gain.shape, gain, self.bias, self.eps).to(x.dtype)
 
@@ -326,11 +388,18 @@ class QueryKey(Float32Module):
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
         self.num_heads, self.eps = config.num_attention_heads, config.norm_eps
+        self.rotation = float(config.rope_theta), config.chunk_size
         self.weight = float32_zeros(2, config.z_dim)
         self.bias = float32_zeros(2, config.z_dim)
 
     def forward(self, z: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """[batch, length, Z] to query and key [batch, length, H, Z/H]."""
+        if span.offset is not None:
+            theta, chunk_size = self.rotation
+            offset = span.offset % chunk_size
+            heads = z.unflatten(-1, (self.num_heads, -1))
+            arguments = (self.weight, self.bias, self.eps, theta, offset, chunk_size)
+            return kernels.query_key.query_key(heads, *arguments)
         heads = at_least_float32(z).unflatten(-1, (self.num_heads, -1))
         width = heads.shape[-1]
         normed = F.rms_norm(heads, (width,), eps=self.eps)
@@ -368,17 +437,25 @@ class ComplexEMA(Float32Module):
         self.gamma = float32_zeros(channels, ndim, 2)
         self.omega = float32_zeros(channels, 1)
 
-    def forward(self, x: Tensor, span: Span, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [batch, length, D] and h before it, complex [batch, D, N], to y and h after it."""
+    def forward(self, x: Tensor, span: Span, state: dict | None) -> Tensor:
+        """[batch, length, D] to the same; the state's h becomes that after it."""
         with torch.autocast(x.device.type, enabled=False):
+            if state is not None and "step" not in state and not torch.is_grad_enabled():
+                # Once a sequence, not once a token.
+                state["step"] = self._step_weights()
             wide = at_least_float32(x)
-            if state is None:
-                shape = (x.shape[0], x.shape[2], self.alpha.shape[1])
-                state = torch.complex(wide.new_zeros(shape), wide.new_zeros(shape))
-            short = not exporting() and x.shape[1] <= CEMA_SHORT
-            run = self._recurrence if short else self._block_scan
-            y, state = run(wide, span, state)
-            return y.to(x.dtype), state
+            if state is not None and x.shape[1] == 1:
+                return self._step(wide[:, 0], span, state)[:, None].to(x.dtype)
+            h = None if state is None else torch.view_as_complex(state["cema"])
+            if span.offset is None:
+                y, h = self._block_scan(wide, span, h)
+            else:
+                weights = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
+                h = h if span.offset else None
+                y, h = kernels.cema.cema(x, *weights, h, return_state=state is not None)
+            if state is not None:
+                update(state, "cema", torch.view_as_real(h))
+            return y.to(x.dtype)
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """p, log|q| and q's phase in turns, float64 [D, N]: powers are taken of q."""
@@ -393,23 +470,33 @@ class ComplexEMA(Float32Module):
     def _readout(self) -> Tensor:
         return torch.view_as_complex(self.gamma.contiguous()) / math.sqrt(self.gamma.shape[1])
 
-    def _recurrence(self, x: Tensor, span: Span, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Step by step."""
+    def _step_weights(self) -> tuple[Tensor, ...]:
+        """q's real part and what turns h's parts round, p beside 0, the readout: [D, N, 2]."""
         p, log_magnitude, turns = self._coefficients()
         # In double precision, because decoding multiplies by q once a token.
-        q = torch.polar(log_magnitude.exp(), 2 * math.pi * turns)
-        p, readout = p.to(x.dtype), self._readout()
-        states, outputs = [h], []
-        for x_t in x.unbind(1):
-            h = (q * h).to(h.dtype) + p * x_t[..., None]
-            states.append(h)
-            outputs.append((readout * h).real.sum(-1) + self.omega[:, 0] * x_t)
-        y = torch.stack(outputs, dim=1)
-        return y, None if span.kept is None else after(torch.stack(states, dim=1), span.lengths)
+        magnitude, phase = log_magnitude.exp(), 2 * math.pi * turns
+        real, imaginary = magnitude * phase.cos(), magnitude * phase.sin()
+        readout = torch.view_as_real(self._readout().conj().resolve_conj())
+        drive = torch.stack([p, torch.zeros_like(p)], dim=-1).to(readout.dtype)
+        pairs = (torch.stack([real, real], dim=-1), torch.stack([-imaginary, imaginary], dim=-1))
+        return *pairs, drive, readout
 
-    def _block_scan(self, x: Tensor, span: Span, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _step(self, x: Tensor, span: Span, state: dict) -> Tensor:
+        """[batch, D], in real numbers, which compilers know better than complex ones."""
+        weights = self._step_weights() if torch.is_grad_enabled() else state["step"]
+        real, imaginary, drive, readout = weights
+        before = state["cema"]
+        h = (before * real).addcmul(before.flip(-1), imaginary).to(before.dtype)
+        h = h.addcmul(drive, x[..., None, None])
+        update(state, "cema", torch.where(span.lengths[:, None, None, None] > 0, h, before))
+        return torch.addcmul((h * readout).flatten(2).sum(-1), self.omega[:, 0], x)
+
+    def _block_scan(self, x: Tensor, span: Span, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """By blocks of T steps; K of them, the last one filled up with zeros."""
-        batch, length, _ = x.shape
+        batch, length, channels = x.shape
+        cached = h is not None
+        if h is None:
+            h = torch.view_as_complex(x.new_zeros(batch, channels, self.alpha.shape[1], 2))
         size = CEMA_BLOCK if exporting() else min(CEMA_BLOCK, length)
         # torch.export would ask for lengths of more than one block: the dimension must not be 1.
         count = -(-length // size) + exporting()
@@ -446,7 +533,7 @@ class ComplexEMA(Float32Module):
             # Both products' backward passes would otherwise copy the transposed gradient.
             y.register_hook(Tensor.contiguous)
         y = y.unflatten(1, (batch, count)).permute(1, 2, 3, 0).flatten(1, 2)[:, :length]
-        if span.kept is None:
+        if not cached:
             return y, None
 
         # The state after a row's last step: from the block that the row ends in, of which
@@ -507,7 +594,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     return out.transpose(1, 2)
 
 
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float) -> Tensor:
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float) -> Tensor:
     """Causal attention inside chunks, of rows that all start at the start of a chunk."""
     length = q.shape[1]
     if torch.compiler.is_compiling():
@@ -528,6 +615,61 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout:
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
+def attention_step(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, state: dict, dropout: float
+) -> Tensor:
+    """Attends from single steps [batch, 1, H, width], whose keys and values go to their slots."""
+    chunk_size = state["keys"].shape[2]
+    slot = (span.seen % chunk_size)[:, None, None, None]
+    for name, new in (("keys", k), ("values", v)):
+        held, new = state[name], new.transpose(1, 2).to(state[name].dtype)
+        write = held.scatter_ if in_place(held) else held.scatter
+        state[name] = write(2, slot.expand_as(new), new)
+    logits = at_least_float32(q.transpose(1, 2) @ state["keys"].to(q.dtype).mT)
+    weights = logits.masked_fill(~span.mask, -math.inf).softmax(-1)
+    weights = F.dropout(weights, dropout, dropout > 0).to(v.dtype)
+    return (weights @ state["values"].to(v.dtype)).transpose(1, 2)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, span: Span, state: dict | None, chunk_size: int, dropout: float
+) -> Tensor:
+    """Causal attention inside chunks of [batch, length, H, width]; updates keys and values."""
+    if state is not None and q.shape[1] == 1:
+        return attention_step(q, k, v, span, state, dropout)
+    held = (
+        None
+        if state is None
+        else [state[z].transpose(1, 2).to(v.dtype) for z in ("keys", "values")]
+    )
+    if span.offset is not None:
+        fill, operator = span.offset % chunk_size, kernels.chunked_attention
+        before = operator.AttentionState(*(z[:, :fill] for z in held)) if fill else None
+        out, _ = operator.chunked_attention(q, k, v, chunk_size, before, dropout)
+    elif span.mask is None:
+        out = attend_in_chunks(q, k, v, chunk_size, dropout)
+    else:
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(held, (k, v), strict=True))
+        out = attend(q, keys, values, span.mask, dropout)
+    if state is not None:
+        # Slot j holds step `source` of the piece, if the piece has it, or what it held.
+        fill = span.seen % chunk_size
+        total = fill + span.lengths
+        slots = torch.arange(chunk_size, device=q.device)
+        source = (total - total % chunk_size - fill)[:, None] + slots
+        old, source = (source < 0)[:, None, :, None], source.clamp(0, q.shape[1] - 1)
+        for name, new in (("keys", k), ("values", v)):
+            new = new.take_along_dim(source[:, :, None, None], dim=1).transpose(1, 2)
+            update(state, name, torch.where(old, state[name], new.to(state[name].dtype)))
+    return out
+
+
+def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
+    if by_kernels(x) and gate.dtype == x.dtype:
+        return kernels.gates.gated_silu(gate, x)
+    return F.silu(gate) * x
+
+
 class FeedForward(nn.Module):
     """(silu(u W1) * (u W3)) W2, or silu(u W1) W2 without SwiGLU, and the optional rescaling."""
 
@@ -541,9 +683,8 @@ class FeedForward(nn.Module):
         self.rescale = Rescale(config, layer_index) if config.rescale_nffn else None
 
     def forward(self, u: Tensor) -> Tensor:
-        hidden = F.silu(self.w1(u))
-        if self.w3 is not None:
-            hidden = hidden * self.w3(u)
+        hidden = self.w1(u)
+        hidden = F.silu(hidden) if self.w3 is None else gated_silu(hidden, self.w3(u))
         output = self.w2(F.dropout(hidden, self.config.hidden_dropout, self.training))
         output = F.dropout(output, self.config.dropout, self.training)
         return output if self.rescale is None else self.rescale(output)
@@ -568,32 +709,21 @@ class MegalodonDecoderLayer(GradientCheckpointingLayer):
         self.ffn_norm = LayerNorm(config)
         self.ffn = FeedForward(config, layer_index)
 
-    def forward(
-        self, x: Tensor, span: Span, state: LayerState | None = None
-    ) -> tuple[Tensor, LayerState | None]:
-        """x [batch, length, D] and the state before it to the output and the state after it."""
+    def forward(self, x: Tensor, span: Span, state: dict | None = None) -> Tensor:
+        """[batch, length, D] to the same; updates the state."""
         config = self.config
-        t, norm_state = self.timestep_norm(x, span, state and state[:2])
-        m, cema_state = self.cema(t, span, state and state.cema)
-        m = F.dropout(self.cema_norm(m), config.hidden_dropout, self.training)
+        t = self.timestep_norm(x, span, state)
+        m = self.cema_norm(self.cema(t, span, state))
+        m = F.dropout(m, config.hidden_dropout, self.training)
 
         q, k = self.query_key(self.wz(m), span)
         v = F.silu(self.wv(t)).unflatten(-1, (config.num_attention_heads, -1))
-        if state is not None:
-            k, v = torch.cat([state.keys, k], dim=1), torch.cat([state.values, v], dim=1)
         dropout = config.attention_dropout if self.training else 0.0
-        if span.mask is None:
-            a = chunked_attention(q, k, v, config.chunk_size, dropout)
-        else:
-            a = attend(q, k, v, span.mask, dropout)
-        gated = a.flatten(2) * F.silu(self.wr(m))
+        a = attention(q, k, v, span, state, config.chunk_size, dropout)
+        gated = gated_silu(self.wr(m), a.flatten(2))
         update = self.wh1(m) + self.wh2(F.dropout(gated, config.hidden_dropout, self.training))
         y = x + F.dropout(update, config.dropout, self.training)
-        output = x + self.ffn(self.ffn_norm(y))
-
-        if span.kept is None:
-            return output, None
-        return output, LayerState(*norm_state, cema_state, keep(k, span.kept), keep(v, span.kept))
+        return x + self.ffn(self.ffn_norm(y))
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
@@ -614,7 +744,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             std = 1 / math.sqrt(self.config.hidden_size)
             init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=1 / math.sqrt(3 * module.in_features))
+            self._init_projection(module)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, Rescale):
@@ -632,6 +762,16 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Float32Module):
             for parameter in module.parameters():
                 init.zeros_(parameter)
+
+    def _init_projection(self, module: nn.Linear) -> None:
+        mode, fans = self.config.megalodon_init_mode, (module.in_features, module.out_features)
+        if mode == "xavier":
+            bound = math.sqrt(6 / sum(fans))
+            init.uniform_(module.weight, a=-bound, b=bound)
+        elif mode == "gaussian":
+            init.trunc_normal_(module.weight, std=1.0, a=-3.0, b=3.0)
+        else:
+            init.normal_(module.weight, std=0.02 if mode == "bert" else 1 / math.sqrt(3 * fans[0]))
 
 
 class MegalodonModel(MegalodonPreTrainedModel):
@@ -691,44 +831,50 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         self._check_cache(cache, batch)
-
-        real = self._real_steps(attention_mask, length)
-        refuse_packing(position_ids, real, inputs, others)
+        decoding = cache is not None and length == 1
+        real = self._real_steps(attention_mask, length, decoding)
+        refuse_packing(position_ids, real, inputs, others, decoding)
 
         # Real steps go to the front of their rows; `step` says where each column's went.
         compiling = torch.compiler.is_compiling()
         lengths, longest = None, length
         step = torch.arange(length, device=inputs.device).expand(batch, -1)
         if real is not None:
-            order = real.long().argsort(dim=1, descending=True, stable=True)
-            inputs = inputs[torch.arange(batch, device=inputs.device)[:, None], order]
             lengths = real.sum(1)
             step = torch.where(real, real.cumsum(1) - 1, -1)
-            if not compiling or cache is not None:
-                lengths = lengths.cpu()
-                longest = max(1, int(lengths.max()))
+        if real is not None and not decoding:
+            order = real.long().argsort(dim=1, descending=True, stable=True)
+            inputs = inputs[torch.arange(batch, device=inputs.device)[:, None], order]
+            longest = length if compiling else max(1, int(lengths.max()))
 
+        # Where the rows are, if that is one place; nothing asks while decoding.
+        start, anchor = 0, 0
+        if cache is not None and cache.states:
+            start = None
+            if not decoding and not compiling:
+                seen = cache.seen.tolist()
+                start, anchor = (seen[0] if len(set(seen)) == 1 else None), seen[0]
         bounds = [0, longest]
         cuts = cache is not None and not torch.is_grad_enabled() and not output_hidden_states
         if cuts and not compiling:
             piece = self.config.piece_length
-            first = piece if cache.steps_seen is None else piece - int(cache.steps_seen[0]) % piece
-            bounds = [0, *range(first, longest, piece), longest]
+            bounds = [0, *range(piece - anchor % piece, longest, piece), longest]
         if isinstance(positions_to_keep, int):
             positions_to_keep = slice(-positions_to_keep, None)
         kept_step, output = step[:, positions_to_keep], None
         hidden_states = [] if output_hidden_states else None
-        for start, stop in pairwise(bounds):
-            own_lengths = None if lengths is None else (lengths - start).clamp(0, stop - start)
-            x = self._run(inputs[:, start:stop], own_lengths, cache, hidden_states)
+        for first, stop in pairwise(bounds):
+            own = None if lengths is None else (lengths - first).clamp(0, stop - first)
+            x = self._run(inputs[:, first:stop], own, cache, start, hidden_states)
+            start = None if start is None or lengths is not None else start + stop - first
             if real is None and len(bounds) == 2:
                 output = x[:, positions_to_keep]
             else:
-                output = put_back(x, kept_step - start, output)
+                output = put_back(x, kept_step - first, output)
         if output_hidden_states:
             hidden_states = tuple(put_back(x, step) for x in hidden_states)
         if cache is not None:
-            cache.length += length
+            cache.columns.add_(length)
         return BaseModelOutputWithPast(
             last_hidden_state=output, past_key_values=cache, hidden_states=hidden_states
         )
@@ -738,42 +884,37 @@ class MegalodonModel(MegalodonPreTrainedModel):
         inputs: Tensor,
         lengths: Tensor | None,
         cache: MegalodonCache | None,
+        start: int | None,
         hidden_states: list[Tensor] | None,
     ) -> Tensor:
         """One piece, real steps first; updates the cache and appends to hidden_states.
 
-        Of lengths, those of the rows, there are none where nothing is padded.
+        Of lengths, those of the rows, there are none where nothing is padded; start is how many
+        steps came before, where that is known to be one number.
         """
         x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
         if lengths is not None:
-            padding = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device)[:, None]
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             x = x.masked_fill(padding[..., None], 0)
         x = F.dropout(x, self.config.dropout, self.training)
 
-        seen = None if cache is None else cache.steps_seen
-        if cache is None or (seen is None and lengths is None):
-            span = first_span(self.config, lengths, x, cache is not None)
-        else:
-            lengths = (
-                torch.full((len(x),), x.shape[1], device="cpu") if lengths is None else lengths
-            )
-            seen = torch.zeros_like(lengths) if seen is None else seen
-            span = make_span(self.config, seen, lengths, x, True)
-        for index, layer in enumerate(self.layers):
-            if hidden_states is not None:
+        if cache is not None and not cache.states:
+            cache.allocate(self, x)
+        seen = x.new_zeros(len(x), dtype=torch.int64) if cache is None else cache.seen
+        span = make_span(self.config, seen, lengths, x, cache is not None, start)
+        states = [None] * (len(self.layers) + 1) if cache is None else cache.states
+        for layer, state in zip((*self.layers, self.norm), states, strict=True):
+            if hidden_states is not None and layer is not self.norm:
                 hidden_states.append(x)
-            x, state = layer(x, span, None if cache is None else cache.layer_states[index])
-            if cache is not None:
-                cache.layer_states[index] = state
-        x, state = self.norm(x, span, None if cache is None else cache.final_norm)
+            x = layer(x, span, state)
         if hidden_states is not None:
             hidden_states.append(x)
         if cache is not None:
-            steps = torch.full((len(x),), x.shape[1], device="cpu") if lengths is None else lengths
-            cache.steps_seen = steps if seen is None else seen + steps
-            cache.final_norm = state
+            # What gradients saved of it is not written over.
+            grows = cache.seen.add if torch.is_grad_enabled() else cache.seen.add_
+            cache.seen = grows(span.lengths)
         return x
 
     def _check_cache(self, cache: MegalodonCache | None, batch: int) -> None:
@@ -784,14 +925,21 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}; Megalodon takes the MegalodonCache "
                 "that a call with use_cache=True returns."
             )
-        if cache.steps_seen is not None and len(cache.steps_seen) != batch:
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
             raise ValueError(
-                f"The input has {batch} rows and past_key_values {len(cache.steps_seen)}; give as "
+                "Gradient checkpointing runs blocks twice, which a cache does not take; leave out "
+                "use_cache and past_key_values."
+            )
+        if cache.seen is not None and len(cache.seen) != batch:
+            raise ValueError(
+                f"The input has {batch} rows and past_key_values {len(cache.seen)}; give as "
                 "many rows as the cache holds."
             )
 
-    def _real_steps(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
-        """Which steps are no padding, bool [batch, length]; None if all are (no graph asks)."""
+    def _real_steps(
+        self, attention_mask: Tensor | None, length: int, decoding: bool
+    ) -> Tensor | None:
+        """Which steps are no padding, bool [batch, length]; None if all are (where one may ask)."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
@@ -801,6 +949,8 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
         mask = attention_mask[:, -length:]
         real = mask.bool()
+        if decoding:
+            return real
         require(
             (mask == real).all(),
             "attention_mask has numbers other than 0 and 1; it takes ones for a row's one sample "
@@ -810,7 +960,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
 
 
 def refuse_packing(
-    position_ids: Tensor | None, real: Tensor | None, inputs: Tensor, others: dict
+    position_ids: Tensor | None, real: Tensor | None, inputs: Tensor, others: dict, decoding: bool
 ) -> None:
     """Refuses rows of several samples, whose averages and attention would run across them.
 
@@ -823,7 +973,7 @@ def refuse_packing(
             raise ValueError(
                 f"{name} is given, but Megalodon cannot keep packed samples apart; {advice}"
             )
-    if position_ids is None:
+    if position_ids is None or decoding:
         return
     batch, length = inputs.shape[:2]
     column = torch.arange(length, device=inputs.device).expand(batch, -1)
@@ -915,13 +1065,32 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: object
     ) -> None:
         """What `generate` calls for a cache: Megalodon has one kind."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; Megalodon's "
-                "cache is of constant size as it is, so leave it out."
+                "cache is of constant size, and 'static' lets transformers compile a step."
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MegalodonCache(self.config)
+            static = generation_config.cache_implementation == "static"
+            model_kwargs["past_key_values"] = MegalodonCache(self.config, static)
+
+    def prepare_inputs_for_generation(
+        self, *args: object, inputs_embeds: Tensor | None = None, **kwargs: object
+    ) -> dict:
+        """Of the mask, which grows with the sequence, only what goes with the new tokens."""
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        given = inputs.get("input_ids")
+        given = inputs["inputs_embeds"] if given is None else given
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = inputs["attention_mask"][:, -given.shape[1] :].contiguous()
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MegalodonConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **_: object
+    ) -> Tensor | None:
+        """What `generate` calls for a mask of queries and keys, where the cache is static: none."""
+        return attention_mask
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:
         """Refuses continuous batching.

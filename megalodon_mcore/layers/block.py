@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon_mcore.config import MegalodonConfig
-from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
-from megalodon_mcore.layers.mixer import MegalodonMixer, MixerState
+from megalodon_mcore.layers.mixer import MegalodonMixer
 from megalodon_mcore.layers.norms import TimestepNorm
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
 from megalodon_mcore.parallel.model_parallel import ModelParallel
@@ -48,7 +47,6 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
     ) -> None:
         super().__init__(config=config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.ranks_per_sample = pg_collection.tp.size() * pg_collection.cp.size()
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, get_pg_rank(pg_collection.pp)
         )
@@ -92,37 +90,20 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             )
         if inference_context is not None:
             raise ValueError(
-                "Megalodon streams with states of its own; use `megalodon-mcore generate`."
+                "Megalodon does not generate in Megatron; use `megalodon-mcore generate`."
             )
-        return self._block(hidden_states, None, False)[0], context
+        return self._block(hidden_states), context
 
-    def stream(self, hidden_states: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
-        """Continues a sequence from `state` (None at its start); returns the state after it.
-
-        Raises:
-            ValueError: tensor or context parallelism spreads a sequence over ranks.
-        """
-        if self.ranks_per_sample > 1:
-            raise ValueError(
-                f"{self.ranks_per_sample} ranks share a sequence; stream with "
-                "--tensor-model-parallel-size 1 and --context-parallel-size 1."
-            )
-        hidden_states, state = self._block(hidden_states, state, True)
-        assert state is not None
-        return hidden_states, state
-
-    def _block(
-        self, hidden_states: Tensor, state: MixerState | None, return_state: bool
-    ) -> tuple[Tensor, MixerState | None]:
+    def _block(self, hidden_states: Tensor) -> Tensor:
         if self.embedding_scale is not None:
             hidden_states = hidden_states * self.embedding_scale
-        update, state = self.mixer(hidden_states, state, return_state)
+        update = self.mixer(hidden_states)
         middle = hidden_states + F.dropout(update, self.config.hidden_dropout, self.training)
         if self.recompute_feed_forward and self.training:
             output = self._recomputed_feed_forward(middle)
         else:
             output = self.feed_forward(middle)
-        return hidden_states + output, state
+        return hidden_states + output
 
     def _recomputed_feed_forward(self, hidden_states: Tensor) -> Tensor:
         if not self.config.fp8:
@@ -167,15 +148,8 @@ class FinalTimestepNorm(TimestepNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalizes [length, batch, hidden_size]."""
         shards = self.parallel.residual_shards(hidden_states.shape[0])
-        normalized, _ = super().forward(hidden_states, shards)
+        normalized = super().forward(hidden_states, shards)
         return normalized.to(self.output_dtype).contiguous()
-
-    def stream(
-        self, hidden_states: Tensor, state: TimestepNormState | None
-    ) -> tuple[Tensor, TimestepNormState | None]:
-        """Continues a sequence from `state` (None at its start)."""
-        hidden_states, state = super().forward(hidden_states, state=state, return_state=True)
-        return hidden_states.to(self.output_dtype), state
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

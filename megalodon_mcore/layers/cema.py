@@ -6,19 +6,12 @@ import torch
 from torch import Tensor
 
 from megalodon_mcore.kernels.cema import (
-    StepWeights,
     cema,
     cema_response,
-    cema_step,
     coefficients,
     powers,
-    step_weights,
 )
-from megalodon_mcore.layers.float32_module import (
-    Float32Module,
-    float32_parameter,
-    parameter_version,
-)
+from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 from megalodon_mcore.layers.initialization import initialize_
 from megalodon_mcore.parallel.sequence_layout import Segment
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
@@ -50,8 +43,6 @@ class ComplexEMA(Float32Module):
         shares: int = 1,
     ) -> None:
         super().__init__()
-        self._step: StepWeights | None = None
-        self._step_versions: list[int] = []
         for name, row in rows_by_name().items():
             whole = row.shape_of(D=hidden_size, N=cema_ndim)
             parameter = float32_parameter((hidden_size // shares, *whole[1:]), device)
@@ -67,20 +58,16 @@ class ComplexEMA(Float32Module):
         self,
         hidden_states: Tensor,
         shards: SequenceShards | None = None,
-        state: Tensor | None = None,
-        return_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         """Averages [length, batch, channels].
 
         Args:
             hidden_states: the whole sequence, or this rank's share of it.
             shards: how ranks share the sequence; None where this rank has all of it.
-            state: complex64 [batch, channels, N], what came before a whole sequence.
-            return_state: whether to return the state after it; only without `shards`.
         """
         if shards is None:
-            return self._average(hidden_states, state, return_state)
-        segments = [self._average(segment, None, True) for segment in shards.split(hidden_states)]
+            return self._average(hidden_states, False)[0]
+        segments = [self._average(segment, True) for segment in shards.split(hidden_states)]
         states = shards.gather([torch.view_as_real(state) for _, state in segments])
         states = torch.view_as_complex(states)
         outputs = []
@@ -90,16 +77,9 @@ class ComplexEMA(Float32Module):
                 incoming, self.alpha, self.delta, self.theta, self.gamma, place.length
             )
             outputs.append(averages + response.transpose(0, 1).to(averages.dtype))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0], None
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _average(
-        self, hidden_states: Tensor, state: Tensor | None, return_state: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if state is not None and len(hidden_states) == 1 and not torch.is_grad_enabled():
-            weights = self._weights_of_a_step()
-            averages, state = cema_step(hidden_states[0], weights, state)
-            return averages[None], state
-        self._step = None
+    def _average(self, hidden_states: Tensor, return_state: bool) -> tuple[Tensor, Tensor | None]:
         averages, state = cema(
             hidden_states.transpose(0, 1),
             self.alpha,
@@ -107,22 +87,9 @@ class ComplexEMA(Float32Module):
             self.theta,
             self.gamma,
             self.omega,
-            state=state,
             return_state=return_state,
         )
         return averages.transpose(0, 1), state
-
-    def _weights_of_a_step(self) -> StepWeights:
-        """Computed for a sequence's first single step and after a change, not for every token."""
-        parameters = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
-        versions = [parameter_version(parameter) for parameter in parameters]
-        if self._step is None or versions != self._step_versions:
-            self._step, self._step_versions = step_weights(*parameters), versions
-        return self._step
-
-    def refresh_cache(self) -> None:
-        """Forgets what was computed from parameters that may have changed through `.data`."""
-        self._step = None
 
     def _incoming_state(self, shards: SequenceShards, segment: Segment, states: Tensor) -> Tensor:
         """The state before a segment: earlier segments' own states, each decayed since its end.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu
-from megalodon_mcore.kernels.timestep_norm import TimestepNormState
 from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import weight_initializer
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
@@ -28,14 +26,6 @@ from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
 from megalodon_mcore.parallel.tensor_split import TensorSplit
-
-
-class MixerState(NamedTuple):
-    """What a mixer carries from one piece of a sequence to the next."""
-
-    timestep_norm: TimestepNormState | None = None
-    cema: Tensor | None = None
-    attention: AttentionState | None = None
 
 
 class MegalodonMixer(MegatronModule):
@@ -126,64 +116,33 @@ class MegalodonMixer(MegatronModule):
         )
         mark_parameters(self, "mixer.", megalodon, split)
 
-    def refresh_cache(self) -> None:
-        """What Megatron calls after it has written new weights into a model that generates."""
-        self.cema.refresh_cache()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[length, batch, hidden_size] to the update of the same shape.
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        state: MixerState | None = None,
-        return_state: bool = False,
-    ) -> tuple[Tensor, MixerState | None]:
-        """[length, batch, hidden_size] to the update of the same shape, and the outgoing state.
-
-        The length is this rank's share. States go with whole sequences on a single rank.
+        The length is this rank's share.
         """
-        state = state or MixerState()
         hidden_dropout = self.megalodon.hidden_dropout
         split = self.split
-        normalized, norm_state = self.timestep_norm(
-            hidden_states,
-            self.parallel.residual_shards(hidden_states.shape[0]),
-            state.timestep_norm,
-            return_state,
+        normalized = self.timestep_norm(
+            hidden_states, self.parallel.residual_shards(hidden_states.shape[0])
         )
         normalized = split.whole_sequence(normalized.to(self.config.params_dtype))
         shards = self.parallel.context_shards(normalized.shape[0])
-        averages, cema_state = self.cema(
-            split.own_channels(normalized), shards, state.cema, return_state
-        )
+        averages = self.cema(split.own_channels(normalized), shards)
         mixed = self.cema_norm(split.all_channels(averages))
         with dropout_rng.for_common_part(split):
             mixed = F.dropout(mixed, hidden_dropout, self.training)
 
         projections = (self.linear_z(mixed)[0], self.linear_v(normalized)[0])
         projections = (*projections, self.linear_r(mixed)[0])
-        if self.recompute_attention and self.training and not return_state:
+        if self.recompute_attention and self.training:
             gated = tensor_parallel.checkpoint(self._gated_attention, False, *projections)
-            attention_state = None
         else:
-            gated, attention_state = self._gated_attention_and_state(
-                *projections, state.attention, return_state
-            )
+            gated = self._gated_attention(*projections)
         update, _ = self.linear_proj(torch.cat([split.own_channels(mixed), gated], dim=-1))
-
-        if not return_state:
-            return update, None
-        return update, MixerState(norm_state, cema_state, attention_state)
+        return update
 
     def _gated_attention(self, z: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        return self._gated_attention_and_state(z, value, gate, None, False)[0]
-
-    def _gated_attention_and_state(
-        self,
-        z: Tensor,
-        value: Tensor,
-        gate: Tensor,
-        state: AttentionState | None,
-        return_state: bool,
-    ) -> tuple[Tensor, AttentionState | None]:
         """a * r from what z, v and r are before normalization and SiLU; [length, batch, ...]."""
         value = F.silu(value).unflatten(-1, (self.split.heads, -1))
         shards = self.parallel.context_shards(z.shape[0])
@@ -193,13 +152,12 @@ class MegalodonMixer(MegatronModule):
         )
         with attention_rng(self.split):
             if shards is None:
-                query, key = self.query_key(z, 0 if state is None else state.key.shape[1])
-                attended, state = self._attend(query, key, value, state, return_state)
+                attended = self._attend(*self.query_key(z, 0), value)
             else:
                 attended = self._attend_shards(z, value, shards)
         gated = gated_silu(gate, attended.flatten(-2))
         with dropout_rng.for_own_part(self.split):
-            return F.dropout(gated, self.megalodon.hidden_dropout, self.training), state
+            return F.dropout(gated, self.megalodon.hidden_dropout, self.training)
 
     def _attend_shards(self, z: Tensor, value: Tensor, shards: SequenceShards) -> Tensor:
         queries, keys = zip(
@@ -218,25 +176,19 @@ class MegalodonMixer(MegatronModule):
         for query, (before, held) in zip(queries, pieces, strict=True):
             before = before.transpose(0, 1)
             prefix = AttentionState(before[..., :width], before[..., width:])
-            attended.append(self._attend(query, held[..., :width], held[..., width:], prefix)[0])
+            attended.append(self._attend(query, held[..., :width], held[..., width:], prefix))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
     def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: AttentionState | None,
-        return_state: bool = False,
-    ) -> tuple[Tensor, AttentionState | None]:
-        attended, state = chunked_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState | None = None
+    ) -> Tensor:
+        attended, _ = chunked_attention(
             *(part.transpose(0, 1) for part in (query, key, value)),
             self.megalodon.chunk_size,
             state=state,
             dropout_p=self.config.attention_dropout if self.training else 0.0,
-            return_state=return_state,
         )
-        return attended.transpose(0, 1), state
+        return attended.transpose(0, 1)
 
     def sharded_state_dict(
         self,

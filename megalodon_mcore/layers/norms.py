@@ -32,19 +32,15 @@ class TimestepNorm(Float32Module):
         self,
         hidden_states: Tensor,
         shards: SequenceShards | None = None,
-        state: TimestepNormState | None = None,
-        return_state: bool = False,
-    ) -> tuple[Tensor, TimestepNormState | None]:
+    ) -> Tensor:
         """Normalizes [length, batch, hidden_size].
 
         Args:
             hidden_states: the whole sequence, or this rank's share of it.
             shards: how ranks share the sequence; None where this rank has all of it.
-            state: what came before a whole sequence, as the kernel documents it.
-            return_state: whether to return the state after it; only without `shards`.
         """
         if shards is None:
-            return self._normalize(hidden_states, state, return_state)
+            return self._normalize(hidden_states, None)
         segments = shards.split(hidden_states)
         statistics = [
             torch.stack(timestep_statistics(segment.transpose(0, 1), self.num_groups))
@@ -52,27 +48,21 @@ class TimestepNorm(Float32Module):
         ]
         means, variances = shards.gather(statistics).unbind(1)
         normalized = [
-            self._normalize(segment, _merge(shards, place, means, variances))[0]
+            self._normalize(segment, _merge(shards, place, means, variances))
             for place, segment in zip(shards.own, segments, strict=True)
         ]
-        return torch.cat(normalized) if len(normalized) > 1 else normalized[0], None
+        return torch.cat(normalized) if len(normalized) > 1 else normalized[0]
 
-    def _normalize(
-        self,
-        hidden_states: Tensor,
-        state: TimestepNormState | None,
-        return_state: bool = False,
-    ) -> tuple[Tensor, TimestepNormState | None]:
-        normalized, state = timestep_norm(
+    def _normalize(self, hidden_states: Tensor, state: TimestepNormState | None) -> Tensor:
+        normalized, _ = timestep_norm(
             hidden_states.transpose(0, 1),
             self.weight,
             self.bias,
             self.num_groups,
             self.eps,
             state=state,
-            return_state=return_state,
         )
-        return normalized.transpose(0, 1), state
+        return normalized.transpose(0, 1)
 
 
 def _merge(

@@ -51,6 +51,56 @@ def test_a_compiled_model_takes_padding_without_a_cache():
             assert relative(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(backend):
+    """Rows of unequal lengths, over several chunks of 8, by one graph that never changes."""
+    torch._dynamo.reset()
+    model = build()
+    tokens, mask = torch.randint(64, (3, 21)), torch.ones(3, 21, dtype=torch.int64)
+    mask[0, :9], mask[1, :17] = 0, 0
+    graphs = []
+
+    def count(graph, inputs):
+        targets = {str(node.target) for node in graph.graph.nodes}
+        assert not targets & {"item", "cpu", "tolist", "numpy"}
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    with torch.no_grad():
+        caches = [model(tokens, attention_mask=mask).past_key_values for _ in range(2)]
+        places = [z.data_ptr() for s in caches[1].states for z in s.values() if torch.is_tensor(z)]
+        step, one = torch.tensor([[3], [5], [7]]), torch.ones(3, 1, dtype=torch.int64)
+        for index in range(30):
+            # One row pauses now and then.
+            one[2] = index % 5 > 0
+            expected = model(step, attention_mask=one, past_key_values=caches[0]).logits
+            actual = compiled(step, attention_mask=one, past_key_values=caches[1]).logits
+            assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+            step = expected.argmax(-1)
+        assert torch.equal(caches[1].seen, torch.tensor([42, 34, 45]))
+        after = [z.data_ptr() for s in caches[1].states for z in s.values() if torch.is_tensor(z)]
+    assert len(graphs) == 1 and places == after
+
+
+@pytest.mark.slow
+def test_generate_compiles_its_steps_where_it_is_asked_to():
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    model, graphs = build(), []
+    config = CompileConfig(backend=lambda graph, inputs, **_: graphs.append(graph) or graph.forward)
+    config._compile_all_devices = True
+    tokens = torch.randint(64, (2, 21))
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    options = dict(attention_mask=mask, max_new_tokens=30, do_sample=False)
+    expected = model.generate(tokens, **options)
+    options |= dict(compile_config=config, cache_implementation="static")
+    assert torch.equal(model.generate(tokens, **options), expected)
+    assert len(graphs) == 1
+
+
 def test_a_compiled_model_trains():
     torch._dynamo.reset()
     model = build().train()

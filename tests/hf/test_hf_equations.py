@@ -12,11 +12,10 @@ import straight_line
 from megalodon_mcore.hf import modeling_megalodon as modeling
 
 
-def whole_span(model, like, **options):
-    """The span of sequences that start here."""
-    batch, length = like.shape[:2]
-    seen, lengths = torch.zeros(batch, dtype=torch.int64), torch.full((batch,), length)
-    return modeling.make_span(model.config, seen, lengths, like, **options)
+def whole_span(model, like, cached):
+    """The span of sequences that start here, for the model's own operators."""
+    seen = torch.zeros(len(like), dtype=torch.int64)
+    return modeling.make_span(model.config, seen, None, like, cached, 0)._replace(offset=None)
 
 
 def by_equations(model, tokens, upstream, dtype):
@@ -81,7 +80,10 @@ def test_timestep_norm_keeps_its_digits(data):
     else:
         x = x + torch.arange(length)[:, None] * 0.1
     x.requires_grad_()
-    y, (mean, var) = norm(x, whole_span(model, x, return_state=True), None)
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    after = {"mean": zeros, "var": zeros}
+    y = norm(x, whole_span(model, x, cached=True), after)
+    mean, var = after["mean"], after["var"]
     wide = x.detach().double().requires_grad_()
     expected, state = timestep_norm_naive(
         wide, norm.weight, norm.bias, 2, model.config.norm_eps, return_state=True
@@ -108,7 +110,9 @@ def test_cema_at_extreme_decays_and_phases(length):
     parameters = (cema.alpha, cema.delta, cema.theta, cema.gamma, cema.omega)
     x = torch.randn(2, length, len(grid), requires_grad=True)
     state = torch.randn(2, len(grid), model.config.cema_ndim, dtype=torch.complex64)
-    y, after = cema(x, whole_span(model, x, return_state=True), state)
+    states = {"cema": torch.view_as_real(state.clone())}
+    y = cema(x, whole_span(model, x, cached=True), states)
+    after = torch.view_as_complex(states["cema"])
     leaves = (x, *parameters)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y_expected, after_expected = cema_naive(*wide, state)
@@ -132,7 +136,7 @@ def test_cema_makes_nothing_of_size_channels_times_ndim_times_length():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        model.model.layers[0].cema(x, whole_span(model, x, return_state=False), None)
+        model.model.layers[0].cema(x, whole_span(model, x, cached=False), None)
     assert max(sizes) <= x.numel()
 
 

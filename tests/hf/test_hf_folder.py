@@ -125,12 +125,17 @@ def test_casting_keeps_the_same_parameters_in_float32(cast):
     assert {p.dtype for p in model.float().parameters()} == {torch.float32}
 
 
-def test_the_two_files_import_torch_transformers_and_the_standard_library_alone():
+def test_the_two_files_need_torch_transformers_and_the_standard_library_alone():
     import ast
 
     imported = set()
     for file in ("configuration_megalodon.py", "modeling_megalodon.py"):
-        for node in ast.walk(ast.parse((Path(hf.__file__).parent / file).read_text())):
+        tree = ast.parse((Path(hf.__file__).parent / file).read_text())
+        for node in tree.body:
+            if isinstance(node, ast.Try):
+                assert [handler.type.id for handler in node.handlers] == ["ImportError"]
+                node.body = []
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -24,7 +24,12 @@ def test_greedy_with_and_without_a_cache_across_chunks(name):
     expected = greedy_by_whole_passes(model, tokens, 40)
     with torch.no_grad():
         logits = model(expected, use_cache=False).logits[:, 20:-1].double()
-    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 5}):
+    for options in (
+        {},
+        {"use_cache": False},
+        {"prefill_chunk_size": 5},
+        {"cache_implementation": "static"},
+    ):
         actual = model.generate(
             tokens,
             max_new_tokens=40,
@@ -119,8 +124,8 @@ def test_what_would_take_steps_back_is_refused():
         model.generate(tokens, assistant_model=build(), max_new_tokens=3, **GREEDY)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
         model.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=3, **GREEDY)
-    with pytest.raises(ValueError, match="cache_implementation is 'static'; Megalodon's"):
-        model.generate(tokens, cache_implementation="static", max_new_tokens=3, **GREEDY)
+    with pytest.raises(ValueError, match="cache_implementation is 'quantized'; Megal"):
+        model.generate(tokens, cache_implementation="quantized", max_new_tokens=3, **GREEDY)
     with pytest.raises(ValueError, match="generate_batch pages keys and values, .*; call generate"):
         model.generate_batch([[1, 2, 3]])
     with pytest.raises(ValueError, match="generate_batch pages keys and values"):

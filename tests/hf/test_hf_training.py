@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_models import SHAPES, build, relative
 
-from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
+from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM, modeling_megalodon
 
 # transformers 5.23 has a newer name for gradient checkpointing, which 5.12 lacks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -118,6 +118,7 @@ def test_each_dropout_is_where_the_equations_have_it(monkeypatch):
         seen.append(("attention", dropout_p))
         return attention(*arguments, dropout_p=0.0, **options)
 
+    monkeypatch.setattr(modeling_megalodon, "kernels", None)
     monkeypatch.setattr(functional, "dropout", dropout)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", scaled_dot_product_attention)
     model = build(dropout=0.1, hidden_dropout=0.2, attention_dropout=0.3).train()
@@ -161,6 +162,30 @@ def test_fresh_weights_start_as_the_released_ones_do():
         assert (norm.weight == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("mode", "largest", "std"),
+    [
+        ("bert", 0.2, 0.02),
+        ("xavier", math.sqrt(6 / 320), math.sqrt(2 / 320)),
+        ("gaussian", 3, 0.99),
+    ],
+)
+def test_fresh_weights_follow_the_init_mode(mode, largest, std):
+    config = MegalodonConfig(
+        vocab_size=50, hidden_size=256, num_hidden_layers=1, megalodon_init_mode=mode
+    )
+    weight = MegalodonForCausalLM(config).model.layers[0].wz.weight
+    assert weight.shape == (64, 256) and weight.abs().max() <= largest
+    assert math.isclose(weight.std().item(), std, rel_tol=0.04)
+
+
+def test_a_cache_is_refused_where_blocks_run_twice():
+    model = build().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="Gradient checkpointing .*; leave out use_cache"):
+        model(torch.randint(64, (1, 5)), use_cache=True)
+
+
 def test_resized_embeddings_keep_their_rows():
     model = build("tied-scaled-four-heads")
     before = model.get_input_embeddings().weight[:50].clone()
@@ -179,6 +204,7 @@ def test_resized_embeddings_keep_their_rows():
         ("value_dim", 5, "value_dim is 5; it takes a multiple of 2"),
         ("norm_num_groups", 3, "norm_num_groups is 3; it takes a divisor of hidden_size"),
         ("rope_theta", 0.0, "rope_theta is 0.0; it takes a positive number."),
+        ("megalodon_init_mode", "zero", "megalodon_init_mode is 'zero'; it takes he, bert"),
         ("dropout", 1.0, "dropout is 1.0; it takes a number from 0 up to below 1."),
     ],
 )

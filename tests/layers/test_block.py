@@ -5,7 +5,6 @@ import torch
 
 import straight_line
 from building import EPS, build, randomize, swiglu_heads_rescale
-from megalodon_mcore.streaming import StreamingModel
 
 CONFIGURATIONS = {
     "one-head": dict(own=dict(chunk_size=16), heads=1),
@@ -87,21 +86,3 @@ def test_model_logits_follow_the_equations(megatron, name):
     )
     actual = model(tokens, None, None)
     assert relative(actual, expected) < 1e-5
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_stream_of_pieces_equals_the_whole(megatron, name):
-    options = CONFIGURATIONS[name]
-    model, _ = build(**options)
-    randomize(model)
-    model.eval()
-    tokens = torch.randint(64, (3, 50))
-    whole = model(tokens, None, None).double()
-    stream = StreamingModel(model, piece_length=11)
-    state, pieces = None, []
-    for piece in tokens.split([1, 7, 1, 20, 21], dim=1):
-        logits, state = stream(piece, state, all_logits=True)
-        pieces.append(logits)
-    assert relative(torch.cat(pieces, dim=1), whole) < 1e-5
-    last, _ = stream(tokens)
-    assert relative(last, whole[:, -1:]) < 1e-5

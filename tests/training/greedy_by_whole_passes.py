@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megalodon_mcore.inference_model import load_model
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from megatron_model import load_model
 
 loaded = load_model(Path(sys.argv[1]))
 tokens = [int(token) for token in sys.argv[3:]]
