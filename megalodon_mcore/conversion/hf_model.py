@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megalodon_mcore.conversion.hf_folder import NAMES, piece_length
-from megalodon_mcore.conversion.mapping import parameters
+from megalodon_mcore.parameters import parameters
 from megalodon_mcore.conversion.model import OpenModel
 
 if TYPE_CHECKING:
