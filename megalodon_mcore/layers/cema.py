@@ -5,20 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_mcore.kernels.cema import (
-    StepWeights,
-    cema,
-    cema_response,
-    cema_step,
-    coefficients,
-    powers,
-    step_weights,
-)
-from megalodon_mcore.layers.float32_module import (
-    Float32Module,
-    float32_parameter,
-    parameter_version,
-)
+from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, powers
+from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 from megalodon_mcore.layers.initialization import initialize_cema
 from megalodon_mcore.parallel.sequence_layout import Segment
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
@@ -53,8 +41,6 @@ class ComplexEMA(Float32Module):
             "gamma": (cema_ndim, 2),
             "omega": (1,),
         }
-        self._step: StepWeights | None = None
-        self._step_versions: list[int] = []
         channels = hidden_size // shares
         for name, shape in shapes.items():
             self.register_parameter(name, float32_parameter((channels, *shape), device))
@@ -101,11 +87,6 @@ class ComplexEMA(Float32Module):
     def _average(
         self, hidden_states: Tensor, state: Tensor | None, return_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if state is not None and len(hidden_states) == 1 and not torch.is_grad_enabled():
-            weights = self._weights_of_a_step()
-            averages, state = cema_step(hidden_states[0], weights, state)
-            return averages[None], state
-        self._step = None
         averages, state = cema(
             hidden_states.transpose(0, 1),
             self.alpha,
@@ -117,18 +98,6 @@ class ComplexEMA(Float32Module):
             return_state=return_state,
         )
         return averages.transpose(0, 1), state
-
-    def _weights_of_a_step(self) -> StepWeights:
-        """Computed for a sequence's first single step and after a change, not for every token."""
-        parameters = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
-        versions = [parameter_version(parameter) for parameter in parameters]
-        if self._step is None or versions != self._step_versions:
-            self._step, self._step_versions = step_weights(*parameters), versions
-        return self._step
-
-    def refresh_cache(self) -> None:
-        """Forgets what was computed from parameters that may have changed through `.data`."""
-        self._step = None
 
     def _incoming_state(self, shards: SequenceShards, segment: Segment, states: Tensor) -> Tensor:
         """The state before a segment: earlier segments' own states, each decayed since its end.

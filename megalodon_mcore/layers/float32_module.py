@@ -44,11 +44,3 @@ class Float32Module(nn.Module):
 def float32_parameter(shape: tuple[int, ...], device: torch.device | None) -> nn.Parameter:
     """A float32 parameter of zeros."""
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
-
-
-def parameter_version(parameter: Tensor) -> int:
-    """What torch counts up where a tensor changes in place; 0 always if made in inference mode.
-
-    Writing through `.data` is not counted.
-    """
-    return 0 if parameter.is_inference() else parameter._version

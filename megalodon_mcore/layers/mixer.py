@@ -146,10 +146,6 @@ class MegalodonMixer(MegatronModule):
         if split.size > 1:
             self._keep_ranks_in_step()
 
-    def refresh_cache(self) -> None:
-        """What Megatron calls after it has written new weights into a model that generates."""
-        self.cema.refresh_cache()
-
     def _keep_ranks_in_step(self) -> None:
         split = self.split
         for parameter in self.cema.parameters():
