@@ -47,6 +47,16 @@ def run(function, x, weight, bias, groups, state, dtype=None):
     return [y, out.mean, out.var], torch.autograd.grad(loss, leaves), out.count
 
 
+def mean_error(actual, expected, var):
+    """Largest difference of means, relative to themselves or the deviation.
+
+    Sums of float32 are off by the last digits of what is summed: of 3,000 groups of 6 scalars by
+    6e-8 of the deviation at most, but by 8e-5 of a mean that happens to be small.
+    """
+    scale = torch.maximum(expected.abs(), var.sqrt())
+    return float(((actual - expected).abs() / scale).max())
+
+
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "groups"),
@@ -61,6 +71,9 @@ def test_matches_the_oracle(batch, length, channels, groups, state):
     )
     assert torch.equal(count, expected_count)
     assert count.dtype == torch.int64
+    mean = values.pop(1)
+    assert mean.dtype == torch.float32
+    assert mean_error(mean, expected.pop(1), expected[1]) < FLOAT32
     for actual, wanted in zip([*values, *grads], [*expected, *expected_grads], strict=True):
         assert actual.dtype == torch.float32
         assert error(actual, wanted) < (ONE_SCALAR if groups == channels else FLOAT32)
@@ -210,7 +223,7 @@ def test_statistics_of_all_steps(batch, length, channels, groups, offset):
     upstream = [torch.randn_like(value) for value in expected]
     gradient = torch.autograd.grad(actual, x, upstream)[0]
     expected_gradient = torch.autograd.grad(expected, x_double, upstream)[0]
-    assert error(actual[0], expected[0]) < 1e-12
+    assert mean_error(actual[0], expected[0], expected[1]) < 1e-7
     assert error(actual[1], expected[1]) < FLOAT32
     assert error(gradient, expected_gradient) < FLOAT32
 
