@@ -21,8 +21,8 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
   training that resumes makes its loaders after it restored the generator.
 - init_process_group, new_group, barrier: gloo for nccl, and no device ids.
 - multiprocessing's spawned children, one of which writes checkpoints: they install it too.
-- TORCHDYNAMO_DISABLE: 1, because Megatron's jit_fuser compiles.
-- torch._inductor's look for a GPU that Triton drives: none, for what `kernels.fuse` compiles.
+- torch.compile: nothing, as Megatron's jit_fuser compiles. `kernels.plain` does so all the same,
+  for which torch._inductor is kept from looking for a GPU that Triton drives.
 - Transformer Engine's optimizers: an ImportError, on which Megatron takes torch's.
 - CUDA_DEVICE_MAX_CONNECTIONS: 1 unless it is set, which Megatron demands for overlap on a GPU.
 - glibc's allocator: keeps freed memory; `undo()` leaves that.
@@ -230,7 +230,8 @@ class _StandIn:
             "current_device": lambda: self._device,
             "set_device": self._set_device,
             "_exchange_device": self._exchange_device,
-            "_maybe_exchange_device": self._exchange_device,
+            # A function of its own: the compiler has a table of them.
+            "_maybe_exchange_device": lambda index: self._exchange_device(index),
             "get_device_properties": lambda device=None: properties,
             "synchronize": _nothing,
             "ipc_collect": _nothing,
@@ -407,16 +408,10 @@ class _StandIn:
         self._undo.enter_context(_CudaMeansCpu())
 
     def _set_process_state(self) -> None:
-        wanted = {"TORCHDYNAMO_DISABLE": "1"}
         if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
-            wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-        for name, value in wanted.items():
-            before = os.environ.get(name)
-            if before is None:
-                self._undo.callback(os.environ.pop, name, None)
-            else:
-                self._undo.callback(os.environ.__setitem__, name, before)
-            os.environ[name] = value
+            os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+            self._undo.callback(os.environ.pop, "CUDA_DEVICE_MAX_CONNECTIONS", None)
+        self._undo.enter_context(torch.compiler.set_stance("force_eager"))
         no_look = torch._inductor.config.patch(triton_disable_device_detection=True)
         self._undo.enter_context(no_look)
 

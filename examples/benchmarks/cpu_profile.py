@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from megalodon_mcore.kernels.cema import cema, coefficients
-from megalodon_mcore.kernels.cema.portable import block_map
+from megalodon_mcore.kernels.cema.maps import block_map
 
 import models
 from measure import backward_of, cema_inputs, gemm_peak, machine, median_seconds

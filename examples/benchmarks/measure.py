@@ -57,12 +57,6 @@ def gemm_peak(dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / best
 
 
-def read_bandwidth(size: int = 1 << 27) -> float:
-    """Bytes/s of a matrix-vector product over a float32 matrix far larger than any cache."""
-    matrix, vector = torch.randn(size // 2048, 2048), torch.randn(2048)
-    return 4 * matrix.numel() / median_seconds(lambda: matrix @ vector, seconds=2.0)
-
-
 def peak_extra_bytes(function: Callable[[], object]) -> int:
     """How far the process grows while the function runs (Linux)."""
     function()

@@ -24,7 +24,9 @@ from measure import backward_of, cema_inputs, median_seconds
 BATCH = 2
 
 
-def peer_seconds(name: str, length: int, seconds: float, checkout: Path | None) -> float | None:
+def peer_seconds(
+    name: str, length: int, seconds: float, checkout: Path | None = None
+) -> float | None:
     """What this script prints for a peer of RUNS with this process's threads.
 
     Args:
@@ -36,7 +38,7 @@ def peer_seconds(name: str, length: int, seconds: float, checkout: Path | None) 
     Returns:
         None where the peer is not there.
     """
-    if name.startswith("megalodon-hf") and checkout is None:
+    if name == "megalodon-hf" and checkout is None:
         return None
     if name == "megalodon-jax" and not peers.has_megalodon_jax():
         return None
@@ -52,16 +54,6 @@ def peer_seconds(name: str, length: int, seconds: float, checkout: Path | None) 
 def _fft(length: int, checkout: Path) -> Callable[[], None]:
     x, parameters = cema_inputs(BATCH, length)
     return backward_of(lambda: peers.cema_by_fft(x, *parameters), x)
-
-
-def _megalodon_hf_cema(length: int, checkout: Path) -> Callable[[], None]:
-    peers.megalodon_hf(checkout)
-    from megalodon.modeling_megalodon import ComplexEMA
-
-    x, _ = cema_inputs(BATCH, length)
-    cema = ComplexEMA(1024, 16)
-    turned = x.detach().transpose(1, 2).contiguous().requires_grad_()
-    return backward_of(lambda: cema(turned)[0], turned)
 
 
 def _megalodon_hf(length: int, checkout: Path) -> Callable[[], None]:
@@ -82,7 +74,6 @@ def _megalodon_jax(length: int, checkout: Path) -> Callable[[], None]:
 
 RUNS = {
     "cema-by-fft": _fft,
-    "megalodon-hf-cema": _megalodon_hf_cema,
     "megalodon-hf": _megalodon_hf,
     "megalodon-jax": _megalodon_jax,
 }

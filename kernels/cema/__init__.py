@@ -4,20 +4,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .portable import cema_portable, cema_response_portable, coefficients, powers
-from .step import StepWeights, cema_decayed, cema_step, drive_, step_weights
+from .coefficients import coefficients, powers
+from .portable import cema_portable, cema_response_portable
 
-__all__ = [
-    "StepWeights",
-    "cema",
-    "cema_decayed",
-    "cema_response",
-    "cema_step",
-    "coefficients",
-    "drive_",
-    "powers",
-    "step_weights",
-]
+__all__ = ["cema", "cema_response", "coefficients", "powers"]
 
 
 def cema(

@@ -2,7 +2,7 @@
 
 A program has DC channels with N components each. The map of a block of T steps is built from p, q
 and gamma where it is used, and its gradient is contracted to theirs where it was summed, so that
-neither crosses memory; `portable._BlockMap` has the formulas. Powers of q are float64 until they
+neither crosses memory; `maps._BlockMap` has the formulas. Powers of q are float64 until they
 are placed in a map. Complex numbers are pairs of tensors, real part first.
 """
 
@@ -63,7 +63,7 @@ def product(a, b, total):
 
 
 @triton.jit
-def _side_by_side(a, b):
+def _in_turns(a, b):
     """Factors [DC, A, M] as one [DC, A, 2 M], their columns taken in turns."""
     return tl.reshape(tl.join(a, b), [a.shape[0], a.shape[1], 2 * a.shape[2]])
 
@@ -85,10 +85,10 @@ def outer(a, b, zero):
         low = tl.zeros(a[0].shape, tl.float32)
         if len(a) == 2:
             low = a[1]
-        left = (_side_by_side(a[0], low),)
+        left = (_in_turns(a[0], low),)
         if len(b) == 2:
-            total = product(left, transposed((_side_by_side(b[1], b[1]),)), total)
-        return product(left, transposed((_side_by_side(b[0], b[0]),)), total)
+            total = product(left, transposed((_in_turns(b[1], b[1]),)), total)
+        return product(left, transposed((_in_turns(b[0], b[0]),)), total)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def block_map(p, q_real, q_imag, read_real, read_imag, omega, T: tl.constexpr):
 
 
 @triton.jit
-def place(z, at, T: tl.constexpr):
+def _at_column(z, at, T: tl.constexpr):
     """z[..., at] of [DC, N, T], float64."""
     return tl.sum(tl.where((tl.arange(0, T) == at)[None, None], z, 0.0), 2).to(tl.float64)
 
@@ -199,14 +199,14 @@ def block_map_gradient(
         to_read_real += p * tap * t_real
         to_read_imag -= p * tap * t_imag
         more_real, more_imag = times(
-            place(w_real, T - 1 - t, T), place(w_imag, T - 1 - t, T), t_real, -t_imag
+            _at_column(w_real, T - 1 - t, T), _at_column(w_imag, T - 1 - t, T), t_real, -t_imag
         )
         to_p += real + more_real
         log_real += t * p * (real + more_real)
         log_imag += t * p * (imag + more_imag)
         # R's conj(read q^(t+1)).
         t_real, t_imag = times(t_real, t_imag, q_real, q_imag)
-        real, imag = times(place(r_real, t, T), -place(r_imag, t, T), t_real, -t_imag)
+        real, imag = times(_at_column(r_real, t, T), -_at_column(r_imag, t, T), t_real, -t_imag)
         to_read_real += real
         to_read_imag += imag
         real, imag = times(real, imag, read_real, -read_imag)

@@ -46,7 +46,8 @@ from .block_triton import (
     times,
     transposed,
 )
-from .portable import cema_portable, coefficients, powers
+from .coefficients import coefficients, powers
+from .portable import cema_portable
 
 # Steps in a block.
 BLOCK = 16

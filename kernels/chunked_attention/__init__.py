@@ -3,13 +3,12 @@
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .naive import AttentionState, chunked_attention_naive
+from .naive import chunked_attention_naive
 from .portable import chunked_attention_portable
-from .step import attention_step
+from .state import AttentionState
 
 __all__ = [
     "AttentionState",
-    "attention_step",
     "chunked_attention",
     "chunked_attention_naive",
     "chunked_attention_portable",

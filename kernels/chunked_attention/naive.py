@@ -1,16 +1,9 @@
 """Chunked causal attention one query at a time in float64: the oracle of the fast paths."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class AttentionState(NamedTuple):
-    """Keys and values of the partly filled chunk; see `chunked_attention`."""
-
-    key: Tensor
-    value: Tensor
+from .state import AttentionState
 
 
 def chunked_attention_naive(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .naive import AttentionState
+from .state import AttentionState
 
 # Rows of queries; of bfloat16 ones twice as many, whose products take less of the time.
 QUERY_BLOCK = 128

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import kernel, on_device_of
-from .naive import AttentionState
+from .state import AttentionState
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

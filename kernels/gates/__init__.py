@@ -21,10 +21,9 @@ def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
         x: Shape and type of gate, any strides.
 
     Returns:
-        The product in their shape and type; differentiable (once) in both. In Triton it is computed
-        in float32, contiguous, and nothing but gate and x is kept for backward; so it is where the
-        portable path fuses its loops (see `fuse`), which else rounds silu(gate) and, on a CPU,
-        keeps that too.
+        The product in their shape and type, contiguous; differentiable (once) in both. It is
+        computed in float32, or float64 for float64 inputs; nothing but gate and x is kept for
+        backward.
 
     Raises:
         ValueError: a shape or type does not fit.
@@ -53,9 +52,8 @@ def swiglu(hidden: Tensor) -> Tensor:
         hidden: [..., 2 F] of two dimensions or more, any floating type and strides.
 
     Returns:
-        [..., F] in hidden's type, contiguous; differentiable (once). Nothing but hidden is kept for
-        backward. In Triton and in fused loops it is computed in float32; else silu is rounded to
-        the type.
+        [..., F] in hidden's type, contiguous; differentiable (once). It is computed in float32, or
+        float64 for float64 hidden; nothing but hidden is kept for backward.
 
     Raises:
         ValueError: hidden's shape or type does not fit.

@@ -5,9 +5,8 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .naive import query_key_naive
 from .portable import query_key_portable
-from .step import query_key_step
 
-__all__ = ["query_key", "query_key_naive", "query_key_step"]
+__all__ = ["query_key", "query_key_naive"]
 
 
 def query_key(

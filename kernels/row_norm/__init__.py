@@ -11,9 +11,8 @@ from torch import Tensor
 from ..dispatch import use_triton
 from .naive import layer_norm_naive, rms_norm_naive
 from .portable import layer_norm_portable, rms_norm_portable
-from .step import rms_norm_step
 
-__all__ = ["layer_norm", "layer_norm_naive", "rms_norm", "rms_norm_naive", "rms_norm_step"]
+__all__ = ["layer_norm", "layer_norm_naive", "rms_norm", "rms_norm_naive"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,8 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns:
         The result in x's shape and type, contiguous. It is computed in float32, or float64 for
-        float64 x. Differentiable (once) in x and weight; for backward x, as it is, and one number
-        a row are kept.
+        float64 x. Differentiable (once) in x and weight; for backward x, as it is, is kept and, in
+        Triton, one number a row.
 
     Raises:
         ValueError: a shape or type does not fit.
@@ -52,8 +51,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
     Returns:
         The result in x's shape and type, contiguous. It is computed in float32, or float64 for
-        float64 x. Differentiable (once) in x, weight and bias; for backward x, as it is, and two
-        numbers a row are kept.
+        float64 x. Differentiable (once) in x, weight and bias; for backward x, as it is, is kept
+        and, in Triton, two numbers a row.
 
     Raises:
         ValueError: a shape or type does not fit.

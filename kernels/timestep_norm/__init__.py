@@ -4,16 +4,15 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from .naive import TimestepNormState, timestep_norm_naive
+from .naive import timestep_norm_naive
 from .portable import timestep_norm_portable, timestep_statistics_portable
-from .step import timestep_norm_step
+from .state import TimestepNormState
 
 __all__ = [
     "TimestepNormState",
     "timestep_norm",
     "timestep_norm_naive",
     "timestep_norm_portable",
-    "timestep_norm_step",
     "timestep_statistics",
 ]
 
@@ -25,7 +24,6 @@ def timestep_norm(
     num_groups: int,
     eps: float,
     state: TimestepNormState | None = None,
-    mask: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, TimestepNormState | None]:
     """Normalise every time step by the statistics of its group up to and including that step.
@@ -43,8 +41,6 @@ def timestep_norm(
         eps: Added to the variance.
         state: Statistics of what came before: count int64 [batch] in steps, mean and var
             [batch, G]. None, or a count of zero, starts a sequence.
-        mask: bool [batch, length], True for real steps. Masked steps leave the statistics alone
-            and give zeros. None means that all are real.
         return_state: Whether to return the state after the last step.
 
     Returns:
@@ -55,12 +51,12 @@ def timestep_norm(
     Raises:
         ValueError: a shape or type does not fit.
     """
-    _check(x, weight, bias, num_groups, state, mask)
+    _check(x, weight, bias, num_groups, state)
     if x.numel() and use_triton(x):
         from .triton import timestep_norm_triton
 
-        return timestep_norm_triton(x, weight, bias, num_groups, eps, state, mask, return_state)
-    return timestep_norm_portable(x, weight, bias, num_groups, eps, state, mask, return_state)
+        return timestep_norm_triton(x, weight, bias, num_groups, eps, state, return_state)
+    return timestep_norm_portable(x, weight, bias, num_groups, eps, state, return_state)
 
 
 def timestep_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -94,13 +90,12 @@ def _check(
     bias: Tensor,
     num_groups: int,
     state: TimestepNormState | None,
-    mask: Tensor | None,
 ) -> None:
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}; it must be floating, [batch, length, D]."
         )
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; it must divide x's {channels} channels.")
     shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
@@ -110,10 +105,6 @@ def _check(
         shapes["state.var"] = (state.var, (batch, num_groups))
         if state.count.dtype != torch.int64:
             raise ValueError(f"state.count is {state.count.dtype}; it must be int64.")
-    if mask is not None:
-        shapes["mask"] = (mask, (batch, length))
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask is {mask.dtype}; it must be bool, True for real steps.")
     for name, (tensor, expected) in shapes.items():
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}.")

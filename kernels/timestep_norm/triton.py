@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import kernel, on_device_of
-from .naive import TimestepNormState
+from .state import TimestepNormState
 
 # Scalars in a tile: enough bytes in flight, few enough to stay in registers.
 TILE = 2048
@@ -43,7 +43,6 @@ def timestep_norm_triton(
     num_groups: int,
     eps: float,
     state: TimestepNormState | None = None,
-    mask: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, TimestepNormState | None]:
     """Same arguments and results as `timestep_norm`, length at least 1; nothing is checked."""
@@ -53,11 +52,10 @@ def timestep_norm_triton(
         mean = var = torch.zeros(batch, num_groups, device=x.device)
     else:
         count, mean, var = state.count, state.mean.float(), state.var.float()
-    y, mean, var = _TimestepNorm.apply(x, weight, bias, mean, var, count, mask, eps)
+    y, mean, var = _TimestepNorm.apply(x, weight, bias, mean, var, count, eps)
     if not return_state:
         return y, None
-    count = count + (length if mask is None else mask.sum(1))
-    return y, TimestepNormState(count, mean, var)
+    return y, TimestepNormState(count + length, mean, var)
 
 
 def timestep_statistics_triton(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +101,7 @@ class Tiling(NamedTuple):
     def grid(self, rows: int, segments: int) -> tuple[int, int]:
         return rows * self.group_blocks, segments
 
-    def constants(self, groups: int, mask: Tensor | None) -> dict[str, Any]:
+    def constants(self, groups: int) -> dict[str, Any]:
         """The kernels' compile-time arguments."""
         return {
             "G": groups,
@@ -111,10 +109,8 @@ class Tiling(NamedTuple):
             "GB": self.group_block,
             "SP": self.padded,
             "T": self.steps,
-            "MASKED": mask is not None,
             "STAGES": STAGES,
-            # A mask takes registers, too.
-            "num_warps": self.warps if mask is None else min(16, 2 * self.warps),
+            "num_warps": self.warps,
         }
 
 
@@ -128,7 +124,6 @@ class _TimestepNorm(torch.autograd.Function):
         mean_in: Tensor,
         var_in: Tensor,
         count_in: Tensor,
-        mask: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, mean_in, var_in = _rows(x), mean_in.contiguous(), var_in.contiguous()
@@ -136,20 +131,19 @@ class _TimestepNorm(torch.autograd.Function):
         batch, length, channels = x.shape
         groups = mean_in.shape[1]
         tiling = Tiling.of(x, groups)
-        constants = tiling.constants(groups, mask)
-        flags = x if mask is None else mask.contiguous()
+        constants = tiling.constants(groups)
         y = torch.empty_like(x)
         mean, var = torch.empty_like(mean_in), torch.empty_like(var_in)
         with on_device_of(x):
-            totals = _totals(x, flags, length, tiling, constants, tiling.segments - 1)
+            totals = _totals(x, length, tiling, constants, tiling.segments - 1)
             before = _doubles(x, batch, tiling.chunks, 3, groups)
             forward_kernel[tiling.grid(batch, tiling.segments)](
-                *(x, y, weight, bias, flags, count_in, mean_in, var_in, totals, before, mean, var),
+                *(x, y, weight, bias, count_in, mean_in, var_in, totals, before, mean, var),
                 *(length, tiling.segment, eps),
                 *(*x.stride()[:2], *y.stride()[:2]),
                 **constants,
             )
-        ctx.save_for_backward(x, weight, mean_in, count_in, mask, before)
+        ctx.save_for_backward(x, weight, mean_in, count_in, before)
         ctx.eps, ctx.tiling = eps, tiling
         return y, mean, var
 
@@ -161,18 +155,17 @@ class _TimestepNorm(torch.autograd.Function):
         grad_mean: Tensor,
         grad_var: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        x, weight, mean_in, count_in, mask, before = ctx.saved_tensors
+        x, weight, mean_in, count_in, before = ctx.saved_tensors
         tiling = ctx.tiling
         batch, length, channels = x.shape
         groups = mean_in.shape[1]
-        constants = tiling.constants(groups, mask)
-        flags = x if mask is None else mask.contiguous()
+        constants = tiling.constants(groups)
         grad_y = _rows(grad_y)
         grad_mean, grad_var = grad_mean.contiguous(), grad_var.contiguous()
         grad_x = torch.empty_like(x)
         grad_mean_in, grad_var_in = torch.empty_like(mean_in), torch.empty_like(mean_in)
         strides = (*x.stride()[:2], *grad_y.stride()[:2])
-        inputs = (x, grad_y, weight, flags, before, grad_mean, grad_var)
+        inputs = (x, grad_y, weight, before, grad_mean, grad_var)
         sizes = (length, tiling.segment, ctx.eps)
         with on_device_of(x):
             totals = _doubles(x, batch, tiling.segments, 2, groups)
@@ -189,7 +182,7 @@ class _TimestepNorm(torch.autograd.Function):
                 **constants,
             )
             grad_weight, grad_bias = partial.sum((0, 1)).to(weight.dtype).unbind(0)
-        return grad_x, grad_weight, grad_bias, grad_mean_in, grad_var_in, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_mean_in, grad_var_in, None, None
 
 
 class _TimestepStatistics(torch.autograd.Function):
@@ -198,9 +191,9 @@ class _TimestepStatistics(torch.autograd.Function):
         x = _rows(x)
         batch, length, _ = x.shape
         tiling = Tiling.of(x, groups, fewest=PROGRAMS // batch)
-        constants = tiling.constants(groups, None)
+        constants = tiling.constants(groups)
         with on_device_of(x):
-            totals = _totals(x, x, length, tiling, constants, tiling.segments)
+            totals = _totals(x, length, tiling, constants, tiling.segments)
         count, means, m2 = totals.unbind(2)
         mean = (count * means).sum(1) / length
         var = (m2 + count * (means - mean[:, None]).square()).sum(1) / length
@@ -227,7 +220,7 @@ class _TimestepStatistics(torch.autograd.Function):
             statistics_backward_kernel[tiling.grid(batch * tiling.chunks, 1)](
                 *(x, grad_x, rounded, slope.float().contiguous(), constant, length),
                 *(*x.stride()[:2], *grad_x.stride()[:2]),
-                **tiling.constants(groups, None),
+                **tiling.constants(groups),
             )
         return grad_x, None
 
@@ -242,14 +235,14 @@ def _doubles(x: Tensor, *shape: int) -> Tensor:
 
 
 def _totals(
-    x: Tensor, flags: Tensor, length: int, tiling: Tiling, constants: dict[str, Any], segments: int
+    x: Tensor, length: int, tiling: Tiling, constants: dict[str, Any], segments: int
 ) -> Tensor:
     """(count, mean, M2) of the first segments, float64 [batch, segments, 3, groups]."""
     batch = x.shape[0]
     totals = _doubles(x, batch, tiling.segments, 3, constants["G"])
     if segments:
         totals_kernel[tiling.grid(batch, segments)](
-            *(x, flags, totals, length, tiling.segment, tiling.segments, *x.stride()[:2]),
+            *(x, totals, length, tiling.segment, tiling.segments, *x.stride()[:2]),
             **constants,
         )
     return totals
@@ -264,32 +257,10 @@ def _rows_and_groups(G: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
-def _real(flags, t, length, row, MASKED: tl.constexpr):
-    """Which steps of a tile [T] exist and are not masked."""
-    real = t < length
-    if MASKED:
-        real = real & (tl.load(flags + row * length + t, mask=real, other=0) != 0)
-    return real
-
-
-@triton.jit
-def _all_real(real, first, length, MASKED: tl.constexpr):
-    """How many steps of a tile that begins at `first` are real, in float64."""
-    T: tl.constexpr = real.shape[0]
-    if MASKED:
-        return tl.sum(real.to(tl.int32), 0).to(tl.float64)
-    else:
-        return tl.minimum(length - first, T).to(tl.float64)
-
-
-@triton.jit
-def _real_so_far(real, first, length, MASKED: tl.constexpr):
-    """How many steps of a tile that begins at `first` are real up to each [T], in float64."""
-    T: tl.constexpr = real.shape[0]
-    if MASKED:
-        return tl.cumsum(real.to(tl.int32), 0).to(tl.float64)
-    else:
-        return tl.minimum(tl.arange(0, T) + 1, length - first).to(tl.float64)
+def _steps_so_far(first, length, T: tl.constexpr):
+    """Of a tile that begins at `first`: how many steps it has, and up to each [T]; float64."""
+    steps = tl.minimum(length - first, T).to(tl.float64)
+    return steps, tl.minimum(tl.arange(0, T) + 1, length - first).to(tl.float64)
 
 
 @triton.jit
@@ -360,7 +331,6 @@ def _store_three(pointer, g, groups, there, n, mean, m2):
 @kernel
 def totals_kernel(
     x_ptr,
-    flags,
     totals,
     length,
     segment,
@@ -372,7 +342,6 @@ def totals_kernel(
     GB: tl.constexpr,
     SP: tl.constexpr,
     T: tl.constexpr,
-    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """totals[b, segment] = (count, mean, M2) of this segment alone."""
@@ -387,11 +356,11 @@ def totals_kernel(
     last = tl.minimum((part + 1) * segment, tl.cdiv(length, T))
     for chunk in tl.range(part * segment, last, num_stages=STAGES):
         t = chunk * T + tl.arange(0, T)
-        real = _real(flags, t, length, row, MASKED)
+        real = t < length
         there = real[:, None, None] & inside[None]
         at = row * x_batch + t.to(tl.int64)[:, None, None] * x_step + channel[None]
         x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-        steps = _all_real(real, chunk * T, length, MASKED)
+        steps, _so_far = _steps_so_far(chunk * T, length, T)
         shift, step_mean, step_var = _deviations(x, real, steps, inside, S)
         s1 = tl.sum(step_mean, 0)
         s2 = tl.sum(step_var + step_mean * step_mean, 0)
@@ -408,7 +377,6 @@ def forward_kernel(
     y_ptr,
     weight_ptr,
     bias_ptr,
-    flags,
     count_in,
     mean_in,
     var_in,
@@ -428,7 +396,6 @@ def forward_kernel(
     GB: tl.constexpr,
     SP: tl.constexpr,
     T: tl.constexpr,
-    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """y of one segment, and (count, mean, M2) before each of its tiles into `before`."""
@@ -455,14 +422,13 @@ def forward_kernel(
     for chunk in tl.range(part * segment, last, num_stages=STAGES):
         _store_three(before + (row * chunks + chunk) * 3 * G, g, G, g < G, n, mean, m2)
         t = chunk * T + tl.arange(0, T)
-        real = _real(flags, t, length, row, MASKED)
+        real = t < length
         there = real[:, None, None] & inside[None]
         wide = t.to(tl.int64)[:, None, None]
         x = tl.load(
             x_ptr + row * x_batch + wide * x_step + channel[None], mask=there, other=0.0
         ).to(tl.float32)
-        steps = _all_real(real, chunk * T, length, MASKED)
-        so_far = _real_so_far(real, chunk * T, length, MASKED)
+        steps, so_far = _steps_so_far(chunk * T, length, T)
         counts, means, m2s = _running(x, real, steps, so_far, inside, n, mean, m2, S)
         var_t = (m2s / tl.maximum(counts, 1.0) + eps).to(tl.float32)
         rstd = tl.div_rn(1.0, tl.sqrt_rn(var_t))
@@ -470,12 +436,10 @@ def forward_kernel(
         low = (means - high).to(tl.float32) * rstd
         normed = (x - high[:, :, None]) * rstd[:, :, None] - low[:, :, None]
         y = normed * gain[None] + bias[None]
-        if MASKED:
-            y = tl.where(there, y, 0.0)
         tl.store(
             y_ptr + row * y_batch + wide * y_step + channel[None],
             y.to(y_ptr.dtype.element_ty),
-            mask=(t < length)[:, None, None] & inside[None],
+            mask=there,
         )
         n += steps
         mean = _row(means, T - 1, T)
@@ -532,7 +496,6 @@ def backward_totals_kernel(
     x_ptr,
     grad_ptr,
     weight_ptr,
-    flags,
     before,
     grad_mean_ptr,
     grad_var_ptr,
@@ -549,7 +512,6 @@ def backward_totals_kernel(
     GB: tl.constexpr,
     SP: tl.constexpr,
     T: tl.constexpr,
-    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """totals[b, segment] = sums of `_tile_backward`'s a and v, for all segments but the first."""
@@ -567,7 +529,7 @@ def backward_totals_kernel(
     last = tl.minimum((part + 1) * segment, chunks)
     for chunk in tl.range(part * segment, last, num_stages=STAGES):
         t = chunk * T + tl.arange(0, T)
-        real = _real(flags, t, length, row, MASKED)
+        real = t < length
         there = real[:, None, None] & inside[None]
         wide = t.to(tl.int64)[:, None, None]
         x = tl.load(
@@ -578,8 +540,7 @@ def backward_totals_kernel(
         ).to(tl.float32)
         entry = before + (row * chunks + chunk) * 3 * G
         n, mean, m2 = _load_three(entry, g, G, g < G)
-        steps = _all_real(real, chunk * T, length, MASKED)
-        so_far = _real_so_far(real, chunk * T, length, MASKED)
+        steps, so_far = _steps_so_far(chunk * T, length, T)
         a, v, _means, _low, _rstd, _centred, _normed, _gained = _tile_backward(
             *(x, grad, gain, real, steps, so_far, inside, t == length - 1, grad_mean, grad_var),
             *(n, mean, m2, eps, S),
@@ -596,7 +557,6 @@ def backward_kernel(
     x_ptr,
     grad_ptr,
     weight_ptr,
-    flags,
     before,
     grad_mean_ptr,
     grad_var_ptr,
@@ -621,7 +581,6 @@ def backward_kernel(
     GB: tl.constexpr,
     SP: tl.constexpr,
     T: tl.constexpr,
-    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """Gradients of x and of the incoming mean and var, and this segment's of weight and bias."""
@@ -650,7 +609,7 @@ def backward_kernel(
     for back in tl.range(0, last - first, num_stages=STAGES):
         chunk = last - 1 - back
         t = chunk * T + tl.arange(0, T)
-        real = _real(flags, t, length, row, MASKED)
+        real = t < length
         there = real[:, None, None] & inside[None]
         wide = t.to(tl.int64)[:, None, None]
         x = tl.load(
@@ -661,8 +620,7 @@ def backward_kernel(
         ).to(tl.float32)
         entry = before + (row * chunks + chunk) * 3 * G
         n, mean, m2 = _load_three(entry, g, G, g < G)
-        steps = _all_real(real, chunk * T, length, MASKED)
-        so_far = _real_so_far(real, chunk * T, length, MASKED)
+        steps, so_far = _steps_so_far(chunk * T, length, T)
         a, v, means, low, rstd, centred, normed, gained = _tile_backward(
             *(x, grad, gain, real, steps, so_far, inside, t == length - 1, grad_mean, grad_var),
             *(n, mean, m2, eps, S),
@@ -678,12 +636,10 @@ def backward_kernel(
         slope = (from_here_v * (2.0 / S)).to(tl.float32)
         constant = ((from_here_a + 2.0 * means * from_here_v) / S).to(tl.float32) - slope * low
         grad_x = gained * rstd[:, :, None] + centred * slope[:, :, None] + constant[:, :, None]
-        if MASKED:
-            grad_x = tl.where(there, grad_x, 0.0)
         tl.store(
             grad_x_ptr + row * grad_x_batch + wide * grad_x_step + channel[None],
             grad_x.to(grad_x_ptr.dtype.element_ty),
-            mask=(t < length)[:, None, None] & inside[None],
+            mask=there,
         )
 
     to = partial + (row * parts + part) * 2 * (G * S)
@@ -714,7 +670,6 @@ def statistics_backward_kernel(
     GB: tl.constexpr,
     SP: tl.constexpr,
     T: tl.constexpr,
-    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """grad_x = slope (x - mean) + constant, the three of each batch row and group."""

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from megalodon_mcore.conversion.hf_folder import NAMES, piece_length
-from megalodon_mcore.parameters import parameters
 from megalodon_mcore.conversion.model import OpenModel
+from megalodon_mcore.parameters import parameters
 
 if TYPE_CHECKING:
     from megalodon_mcore.hf import MegalodonForCausalLM

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_mcore.kernels.cema import (
-    cema,
-    cema_response,
-    coefficients,
-    powers,
-)
+from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, powers
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 from megalodon_mcore.layers.initialization import initialize_
 from megalodon_mcore.parallel.sequence_layout import Segment

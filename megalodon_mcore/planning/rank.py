@@ -10,7 +10,8 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
@@ -76,9 +77,11 @@ def fake_rank(
 def meta_as_cuda() -> Iterator[None]:
     """Where Megatron makes a tensor on the current CUDA device it is on the meta device.
 
-    Operators take their portable path, which keeps for backward what the kernels of a GPU do, but
-    for some states of CEMA.
+    Operators take the kernels of a GPU, whose launches do nothing, to keep what they keep; without
+    Triton they keep some statistics less.
     """
+    kernels = find_spec("triton") is not None
+    launches = patch("triton.runtime.jit.JITFunction.run", lambda *_, **__: None)
     autocast = torch.autocast.__init__
 
     def known_autocast(context: object, device_type: str, *args: object, **kwargs: object) -> None:
@@ -87,7 +90,8 @@ def meta_as_cuda() -> Iterator[None]:
     random = "megatron.core.tensor_parallel.random"
     with (
         patch("torch.cuda.current_device", lambda: META),
-        patch.dict(os.environ, {dispatch.VARIABLE: "torch"}),
+        patch.dict(os.environ, {dispatch.VARIABLE: "triton" if kernels else "torch"}),
+        launches if kernels else nullcontext(),
         patch("torch.autocast.__init__", known_autocast),
         # They look for the current device's generator.
         patch(f"{random}._get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),

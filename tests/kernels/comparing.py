@@ -1,4 +1,4 @@
-"""What tests of several operators measure, draw and cut with."""
+"""What tests of several operators measure and draw with."""
 
 import contextlib
 import os
@@ -42,8 +42,3 @@ def error(actual, expected):
     wide = torch.complex128 if expected.is_complex() else torch.float64
     actual, expected = actual.detach().to(wide), expected.detach().to(wide)
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-def by_three(rows, x):
-    """Stands in for `row_blocks`: blocks of three rows."""
-    return (slice(start, min(start + 3, rows)) for start in range(0, rows, 3))

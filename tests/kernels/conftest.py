@@ -19,13 +19,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from comparing import INTERPRETED, by_three
+from comparing import INTERPRETED
 
 DEVICE = os.environ.get("MEGALODON_TEST_DEVICE", "cpu")
-# What these test is not on a card: fused loops of the CPU, the interpreter, compiling without one.
+# What these test is not on a card: compiling for the CPU, the interpreter, compiling without one.
 collect_ignore = []
 if DEVICE != "cpu":
-    collect_ignore += ["test_fuse.py", "test_kernel_traffic.py", "test_triton_compile.py"]
+    collect_ignore += ["test_plain.py", "test_kernel_traffic.py", "test_triton_compile.py"]
     # Else deterministic products are refused.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_default_device(DEVICE)
@@ -49,17 +49,13 @@ def portable(request, monkeypatch):
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
 def path(request, monkeypatch):
-    """The path that the module's PACKAGE takes, cut so small that there are several pieces.
-
-    They are blocks of three rows of the portable path, tiles by the module's TILES of Triton's.
-    """
+    """The path that the module's PACKAGE takes; Triton's tiles so small that there are several."""
     module = request.module
     monkeypatch.setenv("MEGALODON_KERNELS", request.param)
-    file = "triton" if request.param == "triton" else "portable"
-    kernels = import_module(f"megalodon_mcore.kernels.{module.PACKAGE}.{file}")
-    cuts = module.TILES if request.param == "triton" else {"row_blocks": by_three}
-    for name, value in cuts.items():
-        monkeypatch.setattr(kernels, name, value)
+    if request.param == "triton":
+        kernels = import_module(f"megalodon_mcore.kernels.{module.PACKAGE}.triton")
+        for name, value in module.TILES.items():
+            monkeypatch.setattr(kernels, name, value)
     return request.param
 
 

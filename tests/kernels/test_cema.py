@@ -10,8 +10,15 @@ from functools import partial
 
 import pytest
 import torch
-from megalodon_mcore.kernels import cema as package
-from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, portable, powers
+from megalodon_mcore.kernels.cema import (
+    cema,
+    cema_response,
+    coefficients,
+    maps,
+    portable,
+    powers,
+    scan,
+)
 from megalodon_mcore.kernels.cema.naive import cema_naive
 
 from comparing import seeded
@@ -114,8 +121,8 @@ def check_against_naive(inputs, with_state=True, return_state=True, tolerance=TO
 @pytest.mark.parametrize(("batch", "channels", "ndim"), [(1, 1, 1), (2, 7, 3), (1, 5, 16)])
 @pytest.mark.parametrize("block", [32, 64])
 def test_matches_naive(batch, length, channels, ndim, block, monkeypatch):
-    monkeypatch.setattr(portable, "BLOCK", block)
-    monkeypatch.setattr(portable, "FEW_STEPS", 0)
+    monkeypatch.setattr(maps, "BLOCK", block)
+    monkeypatch.setattr(maps, "FEW_STEPS", 0)
     monkeypatch.setattr(portable, "SHORT", 4)
     check_against_naive(make_inputs(batch, length, channels, ndim, length, torch.float32))
 
@@ -130,7 +137,7 @@ def test_state_is_optional(length, with_state, return_state):
 
 def test_many_channels_and_components():
     """More channels than one group takes, in groups of unequal size, and N = 32."""
-    assert portable.GROUP_CHANNELS < 300
+    assert scan.GROUP_CHANNELS < 300
     check_against_naive(make_inputs(3, 70, 135, 32, dtype=torch.float32))
 
 
@@ -176,15 +183,15 @@ def test_double_precision(length):
 
 @pytest.mark.parametrize("length", [2, 5, 6])
 def test_gradcheck(length, monkeypatch):
-    monkeypatch.setattr(portable, "BLOCK", 4)
+    monkeypatch.setattr(maps, "BLOCK", 4)
     monkeypatch.setattr(portable, "SHORT", 2)
-    monkeypatch.setattr(portable, "GROUP_CHANNELS", 1)
+    monkeypatch.setattr(scan, "GROUP_CHANNELS", 1)
     inputs = make_inputs(1, length, 2, 2)
     assert torch.autograd.gradcheck(lambda *a: cema(*a, return_state=True), inputs)
 
 
 def test_training_after_inference_mode():
-    portable._toeplitz_basis.cache_clear()
+    maps._toeplitz_basis.cache_clear()
     inputs = make_inputs(1, 50, 2, 3, dtype=torch.float32)
     with torch.inference_mode():
         cema(*inputs)
@@ -373,9 +380,3 @@ def test_powers_have_gradients_where_they_underflow(power):
     gradients = torch.autograd.grad(torch.view_as_real(q).sum(), [log_magnitude, turns])
     for gradient in gradients:
         assert gradient.isfinite().all() and gradient.abs().max() < 1e-30
-
-
-def test_public_names():
-    whole = {"cema", "cema_response", "coefficients", "powers"}
-    stepwise = {"StepWeights", "cema_decayed", "cema_step", "drive_", "step_weights"}
-    assert set(package.__all__) == whole | stepwise

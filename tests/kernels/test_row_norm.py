@@ -121,7 +121,7 @@ def test_keeps_x_in_its_type_and_little_else(path, name):
         FAST[name](*leaves, EPS)
     addresses = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     own = [t for t in kept if t.untyped_storage().data_ptr() not in addresses]
-    assert sum(t.numel() for t in own) == 20 * (1 if name == "rms" else 2)
+    assert sum(t.numel() for t in own) <= 20 * (1 if name == "rms" else 2)
 
 
 @pytest.mark.parametrize("name", FAST)

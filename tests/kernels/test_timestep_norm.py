@@ -4,7 +4,6 @@ import pytest
 import torch
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
-    portable,
     timestep_norm,
     timestep_norm_naive,
     timestep_statistics,
@@ -19,7 +18,7 @@ FLOAT32 = 1e-6
 ONE_SCALAR = 2**-24 / EPS**0.5
 
 
-def random_inputs(batch, length, channels, groups, dtype=torch.float32, state=True, mask=False):
+def random_inputs(batch, length, channels, groups, dtype=torch.float32, state=True):
     x = torch.randn(length, batch, channels).transpose(0, 1) * 2 + 1
     weight, bias = torch.randn(channels) / 2, torch.randn(channels)
     if state:
@@ -28,18 +27,17 @@ def random_inputs(batch, length, channels, groups, dtype=torch.float32, state=Tr
         state = TimestepNormState(
             count, torch.randn(batch, groups), torch.rand(batch, groups) + 0.5
         )
-    mask = torch.rand(batch, length) < 0.7 if mask else None
-    return x.to(dtype), weight, bias, state or None, mask
+    return x.to(dtype), weight, bias, state or None
 
 
-def run(function, x, weight, bias, groups, state, mask, dtype=None):
+def run(function, x, weight, bias, groups, state, dtype=None):
     """Outputs, then gradients of x, weight, bias and the state's mean and var."""
     cast = (lambda z: z.to(dtype)) if dtype else (lambda z: z)
     leaves = [cast(z.detach()).clone().requires_grad_() for z in (x, weight, bias)]
     if state is not None:
         leaves += [cast(z.detach()).clone().requires_grad_() for z in state[1:]]
         state = TimestepNormState(state.count, *leaves[3:])
-    y, out = function(*leaves[:3], groups, EPS, state, mask, return_state=True)
+    y, out = function(*leaves[:3], groups, EPS, state, return_state=True)
     generator = seeded(0)
     loss = 0.0
     for z in (y, out.mean, out.var):
@@ -49,74 +47,67 @@ def run(function, x, weight, bias, groups, state, mask, dtype=None):
     return [y, out.mean, out.var], torch.autograd.grad(loss, leaves), out.count
 
 
-@pytest.mark.parametrize("mask", [False, True])
+def mean_error(actual, expected, var):
+    """Largest difference of means, relative to themselves or the deviation.
+
+    Sums of float32 are off by the last digits of what is summed: of 3,000 groups of 6 scalars by
+    6e-8 of the deviation at most, but by 8e-5 of a mean that happens to be small.
+    """
+    scale = torch.maximum(expected.abs(), var.sqrt())
+    return float(((actual - expected).abs() / scale).max())
+
+
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "groups"),
     [(1, 1, 6, 1), (1, 17, 6, 6), (3, 13, 12, 4), (2, 37, 10, 1), (2, 29, 10, 10), (5, 8, 21, 7)],
 )
-def test_matches_the_oracle(batch, length, channels, groups, state, mask):
+def test_matches_the_oracle(batch, length, channels, groups, state):
     torch.manual_seed(batch * 100 + length)
-    x, weight, bias, state, mask = random_inputs(
-        batch, length, channels, groups, state=state, mask=mask
-    )
-    values, grads, count = run(timestep_norm, x, weight, bias, groups, state, mask)
+    x, weight, bias, state = random_inputs(batch, length, channels, groups, state=state)
+    values, grads, count = run(timestep_norm, x, weight, bias, groups, state)
     expected, expected_grads, expected_count = run(
-        timestep_norm_naive, x, weight, bias, groups, state, mask, dtype=torch.float64
+        timestep_norm_naive, x, weight, bias, groups, state, dtype=torch.float64
     )
     assert torch.equal(count, expected_count)
     assert count.dtype == torch.int64
+    mean = values.pop(1)
+    assert mean.dtype == torch.float32
+    assert mean_error(mean, expected.pop(1), expected[1]) < FLOAT32
     for actual, wanted in zip([*values, *grads], [*expected, *expected_grads], strict=True):
         assert actual.dtype == torch.float32
         assert error(actual, wanted) < (ONE_SCALAR if groups == channels else FLOAT32)
 
 
 @pytest.mark.parametrize("length", [1, 9])
-def test_a_state_without_steps_stays_empty(length):
-    """Whatever it holds, where every step is masked as well."""
+def test_what_a_state_without_steps_holds_does_not_matter(length):
     torch.manual_seed(0)
-    x, weight, bias, state, _ = random_inputs(2, length, 6, 3)
-    mask = torch.zeros(2, length, dtype=torch.bool)
-    mask[1, 0] = True
-    actual = run(timestep_norm, x, weight, bias, 3, state, mask)
-    wanted = run(timestep_norm_naive, x, weight, bias, 3, state, mask, dtype=torch.float64)
-    for a, w in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
-        assert error(a, w) < FLOAT32
-    _, mean, var = actual[0]
-    assert not mean[0].any()
-    assert not var[0].any()
+    x, weight, bias, state = random_inputs(2, length, 6, 3)
+    state.mean[0] = state.var[0] = torch.nan
+    values, grads, _ = run(timestep_norm, x, weight, bias, 3, state)
+    fresh = TimestepNormState(*(z[:1].nan_to_num() for z in state))
+    expected, expected_grads, _ = run(
+        timestep_norm_naive, x[:1], weight, bias, 3, fresh, dtype=torch.float64
+    )
+    for actual, wanted in zip(values, expected, strict=True):
+        assert error(actual[:1], wanted) < FLOAT32
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[3][0].any() and not grads[4][0].any()
 
 
-def test_many_blocks(monkeypatch):
-    """As on sequences longer than one cache-sized block, of a size that divides nothing."""
-    from megalodon_mcore.kernels.timestep_norm import portable
-
-    def by_five(x):
-        return (slice(s, min(s + 5, x.shape[1])) for s in range(0, x.shape[1], 5))
-
+def test_many_channels():
     torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 33, 12, 3, mask=True)
-    whole = run(timestep_norm, x, weight, bias, 3, state, mask)
-    monkeypatch.setattr(portable, "_blocks", by_five)
-    blocks = run(timestep_norm, x, weight, bias, 3, state, mask)
-    for actual, wanted in zip([*blocks[0], *blocks[1]], [*whole[0], *whole[1]], strict=True):
-        assert error(actual, wanted) < FLOAT32
-
-
-def test_more_elements_than_one_block():
-    torch.manual_seed(0)
-    x, weight, bias, state, _ = random_inputs(2, 150, 1024, 32)
-    actual = run(timestep_norm, x, weight, bias, 32, state, None)
-    wanted = run(timestep_norm_naive, x, weight, bias, 32, state, None, dtype=torch.float64)
+    x, weight, bias, state = random_inputs(2, 150, 1024, 32)
+    actual = run(timestep_norm, x, weight, bias, 32, state)
+    wanted = run(timestep_norm_naive, x, weight, bias, 32, state, dtype=torch.float64)
     for a, w in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
         assert error(a, w) < FLOAT32
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(groups, masked):
+def test_gradcheck(groups):
     torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 5, 4, groups, torch.float64, mask=masked)
+    x, weight, bias, state = random_inputs(2, 5, 4, groups, torch.float64)
     leaves = [z.double().requires_grad_() for z in (x, weight, bias, state.mean, state.var)]
 
     def function(x, weight, bias, mean, var):
@@ -127,7 +118,6 @@ def test_gradcheck(groups, masked):
             groups,
             EPS,
             TimestepNormState(state.count, mean, var),
-            mask,
             return_state=True,
         )
         return y, out.mean, out.var
@@ -137,10 +127,10 @@ def test_gradcheck(groups, masked):
 
 def test_bfloat16():
     torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 40, 24, 4, torch.bfloat16, mask=True)
-    values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, mask)
+    x, weight, bias, state = random_inputs(2, 40, 24, 4, torch.bfloat16)
+    values, grads, _ = run(timestep_norm, x, weight, bias, 4, state)
     expected, expected_grads, _ = run(
-        timestep_norm_naive, x, weight, bias, 4, state, mask, dtype=torch.float64
+        timestep_norm_naive, x, weight, bias, 4, state, dtype=torch.float64
     )
     for actual, wanted in ((values[0], expected[0]), (grads[0], expected_grads[0])):
         assert actual.dtype == torch.bfloat16
@@ -154,47 +144,27 @@ def test_bfloat16():
 
 def test_pieces_equal_the_whole():
     torch.manual_seed(0)
-    x, weight, bias, _, mask = random_inputs(3, 41, 12, 4, state=False, mask=True)
-    mask[1, :9] = False
-    whole = run(timestep_norm, x, weight, bias, 4, None, mask)
+    x, weight, bias, _ = random_inputs(3, 41, 12, 4, state=False)
+    whole = run(timestep_norm, x, weight, bias, 4, None)
 
-    def piecewise(x, weight, bias, groups, eps, state, mask, return_state):
+    def piecewise(x, weight, bias, groups, eps, state, return_state):
         outputs = []
         for start, stop in ((0, 1), (1, 7), (7, 7), (7, 30), (30, 41)):
             steps = slice(start, stop)
-            y, state = timestep_norm(
-                x[:, steps], weight, bias, groups, eps, state, mask[:, steps], return_state
-            )
+            y, state = timestep_norm(x[:, steps], weight, bias, groups, eps, state, return_state)
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 
-    pieces = run(piecewise, x, weight, bias, 4, None, mask)
+    pieces = run(piecewise, x, weight, bias, 4, None)
     assert torch.equal(pieces[2], whole[2])
     for actual, wanted in zip([*pieces[0], *pieces[1]], [*whole[0], *whole[1]], strict=True):
         assert error(actual, wanted) < FLOAT32
 
 
-def test_masked_steps_are_ignored_whatever_they_hold():
-    torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 12, 6, 3, mask=True)
-    mask[0] = False
-    mask[1, :4] = False
-    y, out = timestep_norm(x, weight, bias, 3, EPS, state, mask, return_state=True)
-    poisoned = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
-    other, other_out = timestep_norm(poisoned, weight, bias, 3, EPS, state, mask, return_state=True)
-    assert torch.equal(y, other)
-    assert (y[~mask] == 0).all()
-    for a, b in zip(out, other_out, strict=True):
-        assert torch.equal(a, b)
-    assert out.count[0] == 0 and out.mean[0].eq(0).all()
-    other.sum().backward()
-    assert poisoned.grad[~mask].eq(0).all() and poisoned.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("state", [False, True])
 def test_empty_sequence(state):
-    x, weight, bias, state, _ = random_inputs(2, 0, 6, 3, state=state)
-    values, grads, count = run(timestep_norm, x, weight, bias, 3, state, None)
+    x, weight, bias, state = random_inputs(2, 0, 6, 3, state=state)
+    values, grads, count = run(timestep_norm, x, weight, bias, 3, state)
     assert values[0].shape == (2, 0, 6)
     assert grads[0].shape == (2, 0, 6)
     if state:
@@ -230,12 +200,10 @@ def test_stays_accurate_for_100_000_steps(offset, first, groups):
 
 def test_no_uninitialised_memory_is_read():
     torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 23, 12, 4, mask=True)
+    x, weight, bias, state = random_inputs(2, 23, 12, 4)
     with poisoned():
-        assert torch.empty(1).isnan()
-        for m in (None, mask):
-            values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, m)
-            assert all(z.isfinite().all() for z in [*values, *grads])
+        values, grads, _ = run(timestep_norm, x, weight, bias, 4, state)
+        assert all(z.isfinite().all() for z in [*values, *grads])
 
 
 def naive_statistics(x, groups):
@@ -247,10 +215,7 @@ def naive_statistics(x, groups):
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "groups"), [(1, 1, 4, 2), (2, 37, 6, 3), (3, 9, 8, 8)]
 )
-def test_statistics_of_all_steps(batch, length, channels, groups, offset, monkeypatch):
-    monkeypatch.setattr(
-        portable, "_blocks", lambda x: (slice(t, t + 2) for t in range(0, length, 2))
-    )
+def test_statistics_of_all_steps(batch, length, channels, groups, offset):
     x = (torch.randn(length, batch, channels) + offset).transpose(0, 1).requires_grad_()
     x_double = x.detach().double().requires_grad_()
     expected = naive_statistics(x_double, groups)
@@ -258,7 +223,7 @@ def test_statistics_of_all_steps(batch, length, channels, groups, offset, monkey
     upstream = [torch.randn_like(value) for value in expected]
     gradient = torch.autograd.grad(actual, x, upstream)[0]
     expected_gradient = torch.autograd.grad(expected, x_double, upstream)[0]
-    assert error(actual[0], expected[0]) < 1e-12
+    assert mean_error(actual[0], expected[0], expected[1]) < 1e-7
     assert error(actual[1], expected[1]) < FLOAT32
     assert error(gradient, expected_gradient) < FLOAT32
 
@@ -278,8 +243,6 @@ def test_statistics_name_what_does_not_fit():
         ({"bias": torch.zeros(6, 1)}, "bias has"),
         ({"num_groups": 4}, "num_groups is 4"),
         ({"num_groups": 0}, "num_groups is 0"),
-        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "mask has"),
-        ({"mask": torch.ones(2, 3)}, "mask is"),
         (
             {"state": TimestepNormState(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 3))},
             "state.count is",

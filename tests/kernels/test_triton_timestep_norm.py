@@ -42,14 +42,12 @@ def kernels(request, monkeypatch):
     return triton
 
 
-@pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize(("batch", "length", "channels", "groups"), SHAPES)
-def test_matches_the_oracle(kernels, batch, length, channels, groups, mask):
+def test_matches_the_oracle(kernels, batch, length, channels, groups):
     torch.manual_seed(length)
-    inputs = random_inputs(batch, length, channels, groups, mask=mask)
-    x, weight, bias, state, mask = inputs
-    actual = run(timestep_norm, x, weight, bias, groups, state, mask)
-    wanted = run(timestep_norm_naive, x, weight, bias, groups, state, mask, torch.float64)
+    x, weight, bias, state = random_inputs(batch, length, channels, groups)
+    actual = run(timestep_norm, x, weight, bias, groups, state)
+    wanted = run(timestep_norm_naive, x, weight, bias, groups, state, torch.float64)
     assert torch.equal(actual[2], wanted[2])
     for a, w in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
         assert a.dtype == torch.float32
@@ -58,41 +56,23 @@ def test_matches_the_oracle(kernels, batch, length, channels, groups, mask):
 
 def test_without_a_state(kernels):
     torch.manual_seed(0)
-    x, weight, bias, _, _ = random_inputs(2, 70, 12, 3, state=False)
-    actual = run(timestep_norm, x, weight, bias, 3, None, None)
-    wanted = run(timestep_norm_naive, x, weight, bias, 3, None, None, torch.float64)
+    x, weight, bias, _ = random_inputs(2, 70, 12, 3, state=False)
+    actual = run(timestep_norm, x, weight, bias, 3, None)
+    wanted = run(timestep_norm_naive, x, weight, bias, 3, None, torch.float64)
     for a, w in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
         assert error(a, w) < FLOAT32
 
 
 def test_bfloat16(kernels):
     torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 40, 24, 4, torch.bfloat16, mask=True)
-    values, grads, _ = run(timestep_norm, x, weight, bias, 4, state, mask)
-    wanted, wanted_grads, _ = run(
-        timestep_norm_naive, x, weight, bias, 4, state, mask, torch.float64
-    )
+    x, weight, bias, state = random_inputs(2, 40, 24, 4, torch.bfloat16)
+    values, grads, _ = run(timestep_norm, x, weight, bias, 4, state)
+    wanted, wanted_grads, _ = run(timestep_norm_naive, x, weight, bias, 4, state, torch.float64)
     for a, w in ((values[0], wanted[0]), (grads[0], wanted_grads[0])):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a.double(), w, rtol=BFLOAT16, atol=1e-5)
     for a, w in zip([*values[1:], *grads[1:]], [*wanted[1:], *wanted_grads[1:]], strict=True):
         assert error(a, w) < FLOAT32
-
-
-def test_masked_steps_are_ignored_whatever_they_hold(kernels):
-    torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 50, 6, 3, mask=True)
-    mask[0] = False
-    mask[1, :4] = False
-    y, out = timestep_norm(x, weight, bias, 3, EPS, state, mask, return_state=True)
-    poisoned = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
-    other, other_out = timestep_norm(poisoned, weight, bias, 3, EPS, state, mask, return_state=True)
-    assert torch.equal(y, other) and (y[~mask] == 0).all()
-    for a, b in zip(out, other_out, strict=True):
-        assert torch.equal(a, b)
-    assert out.count[0] == 0 and out.mean[0].eq(0).all()
-    other.sum().backward()
-    assert poisoned.grad[~mask].eq(0).all() and poisoned.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("offset", "first"), [(-3e5, 0.0), (0.0, 1e3)])
@@ -121,13 +101,12 @@ def test_stays_accurate(kernels, offset, first):
 
 def test_no_uninitialised_memory_is_read_and_twice_gives_the_same(kernels):
     torch.manual_seed(0)
-    x, weight, bias, state, mask = random_inputs(2, 70, 12, 4, mask=True)
+    x, weight, bias, state = random_inputs(2, 70, 12, 4)
     with poisoned():
-        for m in (None, mask):
-            first = run(timestep_norm, x, weight, bias, 4, state, m)
-            again = run(timestep_norm, x, weight, bias, 4, state, m)
-            for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]], strict=True):
-                assert a.isfinite().all() and torch.equal(a, b)
+        first = run(timestep_norm, x, weight, bias, 4, state)
+        again = run(timestep_norm, x, weight, bias, 4, state)
+        for a, b in zip([*first[0], *first[1]], [*again[0], *again[1]], strict=True):
+            assert a.isfinite().all() and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
