@@ -19,6 +19,7 @@ import torch
 
 from megalodon_mcore import cpu
 from megalodon_mcore.config import CONFIG_VARIABLE, MegalodonSize
+from megalodon_mcore.kernels import dispatch
 from megalodon_mcore.planning.layout import ParallelLayout
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ def fake_rank(
 
 @contextmanager
 def meta_as_cuda() -> Iterator[None]:
-    """Where Megatron makes a tensor on the current CUDA device it is on the meta device."""
+    """Where Megatron makes a tensor on the current CUDA device it is on the meta device.
+
+    Operators take their portable path, which keeps for backward what the kernels of a GPU do, but
+    for some states of CEMA.
+    """
     autocast = torch.autocast.__init__
 
     def known_autocast(context: object, device_type: str, *args: object, **kwargs: object) -> None:
@@ -83,6 +88,7 @@ def meta_as_cuda() -> Iterator[None]:
     random = "megatron.core.tensor_parallel.random"
     with (
         patch("torch.cuda.current_device", lambda: META),
+        patch.dict(os.environ, {dispatch.VARIABLE: "torch"}),
         patch("torch.autocast.__init__", known_autocast),
         # They look for the current device's generator.
         patch(f"{random}._get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
