@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from megalodon_mcore.config import CONFIG_VARIABLE
+from megalodon_mcore.config_sources import CONFIG_VARIABLE
 
 if TYPE_CHECKING:
     from megalodon_mcore.conversion.model import OpenModel

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from megalodon_mcore.conversion.hf_folder import NAMES, piece_length
+from megalodon_mcore.conversion.hf_folder import piece_length
 from megalodon_mcore.conversion.model import OpenModel
 from megalodon_mcore.parameters import parameters
 
@@ -27,7 +27,7 @@ def hf_model(model: OpenModel, device: torch.device | str = "cpu") -> MegalodonF
     """
     from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
 
-    values = {theirs: getattr(model.architecture, ours) for ours, theirs in NAMES.items()}
+    values = model.architecture.named("hf")
     values["rope_theta"] = float(values["rope_theta"])
     config = MegalodonConfig(**values, piece_length=piece_length(model.architecture.chunk_size))
     with torch.device("meta"):
