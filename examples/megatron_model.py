@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megalodon_mcore import checkpoint_errors, cpu, pretraining
+from megalodon_mcore import checkpoint_errors, cpu, pretrain_arguments, pretraining
 from megalodon_mcore.conversion.mcore_checkpoint import TRACKER, checkpoint_folder
 from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader
 
@@ -113,7 +113,7 @@ def _parse_arguments(
     original = sys.argv
     sys.argv = [original[0], *command_line]
     try:
-        return pretraining.parse_arguments(
+        return pretrain_arguments.parse_arguments(
             from_checkpoint=("bf16", "fp16", "vocab_size", "layernorm_epsilon"),
             tokenizer_option="--tokenizer",
         )

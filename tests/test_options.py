@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 
 import pytest
 
-from megalodon_mcore import options, pretraining
+from megalodon_mcore import options, pretrain_arguments
 
 
 def parser():
@@ -66,14 +66,14 @@ REFUSED = [
 def test_pretrain_refuses(text, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *text.split()])
     with pytest.raises(SystemExit, match=f"pretrain: {text.split()[0]} is .*leave it out"):
-        pretraining.parse_arguments()
+        pretrain_arguments.parse_arguments()
 
 
 @pytest.mark.parametrize("text", ["--reset-position-ids", "--reset-attention-mask"])
 def test_masks_of_documents_are_refused_with_the_option_that_will_do(text, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, text])
     with pytest.raises(SystemExit, match=f"{text} is set.*--dataloader-inter-document-masking"):
-        pretraining.parse_arguments()
+        pretrain_arguments.parse_arguments()
 
 
 @pytest.fixture

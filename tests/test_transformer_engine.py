@@ -270,7 +270,7 @@ def test_recomputation_in_fp8_is_transformer_engines(megatron):
     getattr(torch._C, "_cuda_getDeviceCount", int)() > 0, reason="there is a GPU to run it on"
 )
 def test_pretrain_refuses_it_without_a_gpu(megatron):
-    from megalodon_mcore.pretraining import check_model
+    from megalodon_mcore.pretrain_arguments import check_model
 
     for impl in ("local", "transformer_engine"):
         model_config = SimpleNamespace(

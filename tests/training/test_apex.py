@@ -10,7 +10,7 @@ from megatron.core.fusions import fused_layer_norm
 from torch.nn import functional as F
 
 from building import transformer_config
-from megalodon_mcore import missing_kernels, pretraining
+from megalodon_mcore import missing_kernels, pretrain_arguments
 from megalodon_mcore.layers.apex_norm import ApexLayerNorm
 from megalodon_mcore.layers.norms import LayerNorm
 from megalodon_mcore.spec import MegalodonSpec
@@ -21,7 +21,7 @@ SWITCHES = ("gradient_accumulation_fusion", "no_persist_layer_norm", "masked_sof
 def defaults(monkeypatch, installed):
     monkeypatch.setattr(missing_kernels, "is_installed", lambda module: installed)
     monkeypatch.setattr(sys, "argv", ["pretrain"])
-    return pretraining._defaults()
+    return pretrain_arguments._defaults()
 
 
 def test_megatrons_switches_are_left_alone_where_apex_is(monkeypatch):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from building import build
-from megalodon_mcore import pretraining
+from megalodon_mcore import pretrain_arguments
 from megalodon_mcore.config import MegalodonConfig
 from training.runs import TINY, launch, save_to, side_by_side, train
 
@@ -27,10 +27,10 @@ def test_fully_reshardable_is_the_default_where_it_applies(monkeypatch, argument
 
     def parsed(*more):
         monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *arguments, *more])
-        return parse_args(pretraining.add_megalodon_arguments)
+        return parse_args(pretrain_arguments.add_megalodon_arguments)
 
     assert parsed().dist_ckpt_optim_fully_reshardable is None
-    assert pretraining.can_save_fully_reshardable(parsed()) == expected
+    assert pretrain_arguments.can_save_fully_reshardable(parsed()) == expected
     # What is written stays.
     assert parsed("--dist-ckpt-optim-fully-reshardable").dist_ckpt_optim_fully_reshardable is True
     given = parsed("--no-dist-ckpt-optim-fully-reshardable")
