@@ -597,22 +597,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: float) -> Tensor:
     """Causal attention inside chunks, of rows that all start at the start of a chunk."""
     length = q.shape[1]
-    if torch.compiler.is_compiling():
-        size = chunk_size if exporting() else min(chunk_size, length)
-        count = -(-length // size) + exporting()
-        padded = (F.pad(z, (0, 0, 0, 0, 0, count * size - length)) for z in (q, k, v))
-        chunks = (z.unflatten(1, (count, size)).flatten(0, 1) for z in padded)
-        out = attend(*chunks, None, dropout)
-        return out.unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
-    whole = length - length % chunk_size
-    outputs = []
-    if whole:
-        chunks = (z[:, :whole].unflatten(1, (-1, chunk_size)).flatten(0, 1) for z in (q, k, v))
-        out = attend(*chunks, None, dropout)
-        outputs.append(out.unflatten(0, (len(q), -1)).flatten(1, 2))
-    if whole < length:
-        outputs.append(attend(*(z[:, whole:] for z in (q, k, v)), None, dropout))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    size = chunk_size if exporting() else min(chunk_size, length)
+    count = -(-length // size) + exporting()
+    padded = (F.pad(z, (0, 0, 0, 0, 0, count * size - length)) for z in (q, k, v))
+    chunks = (z.unflatten(1, (count, size)).flatten(0, 1) for z in padded)
+    out = attend(*chunks, None, dropout)
+    return out.unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
 
 
 def attention_step(
@@ -637,11 +627,8 @@ def attention(
     """Causal attention inside chunks of [batch, length, H, width]; updates keys and values."""
     if state is not None and q.shape[1] == 1:
         return attention_step(q, k, v, span, state, dropout)
-    held = (
-        None
-        if state is None
-        else [state[z].transpose(1, 2).to(v.dtype) for z in ("keys", "values")]
-    )
+    held = [] if state is None else [state["keys"], state["values"]]
+    held = [z.transpose(1, 2).to(v.dtype) for z in held]
     if span.offset is not None:
         fill, operator = span.offset % chunk_size, kernels.chunked_attention
         before = operator.AttentionState(*(z[:, :fill] for z in held)) if fill else None
