@@ -1,14 +1,16 @@
 """Conversion holds a few tensors at a time, not a model."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-from convert_memory import architecture, conversions, random_checkpoint
+from convert_memory import conversions, random_checkpoint
 from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.sizes import SIZES
 
 
 @pytest.mark.slow
@@ -24,7 +26,7 @@ def test_what_a_conversion_adds_to_the_process_is_a_small_part_of_the_checkpoint
             vocab_size=64,
         )
     }
-    shapes["200m"] = architecture("200m", vocab_size=256)
+    shapes["200m"] = replace(SIZES["200m"], vocab_size=256)
     peaks = {}
     for name, shape in shapes.items():
         (tmp_path / name).mkdir()
