@@ -2,23 +2,17 @@
 
     python examples/benchmarks/cpu_profile.py
 
-Four tables: the 12M model's step by operator, each timed alone at the model's shapes, in float32
-and bfloat16; the matrix products against the GEMM peak; CEMA's fixed cost on short sequences; a
-decoded token by function.
+Three tables: the 12M model's step by operator, each timed alone at the model's shapes, in float32
+and bfloat16; the matrix products against the GEMM peak; CEMA's fixed cost on short sequences.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -59,7 +53,6 @@ def main() -> None:
     print_budget(args.length, budget)
     print_products(args)
     print_cema(args.seconds)
-    print_decoding()
     args.output.mkdir(parents=True, exist_ok=True)
     plot(budget, args.output / "step-by-operator.png")
     print(f"\nwritten: {args.output}/step-by-operator.png")
@@ -198,55 +191,6 @@ def print_cema(seconds: float) -> None:
         ("blocks of 16 steps in place of 32, calls", rest),
     ):
         print(f"    {what:<44}{1e9 * value / short / channels:>6.1f} ns")
-
-
-def print_decoding(tokens: int = 200) -> None:
-    """What a decoded token spends, after 700 tokens."""
-    from megalodon_mcore.streaming import StreamingModel
-
-    for name, sizes in (("12M", models.SIZES), ("200m", models.SIZES_200M)):
-        with models.megatron(), torch.inference_mode():
-            stream = StreamingModel(models.megalodon(sizes=sizes))
-            _, state = stream(torch.randint(sizes["vocabulary"], (1, 700)))
-            token = torch.zeros(1, 1, dtype=torch.int64)
-            with timed_functions() as spent:
-                for index in range(20 + tokens):
-                    if index == 20:
-                        spent.clear()
-                        start = time.perf_counter()
-                    _, state = stream(token, state)
-                spent["all"] = time.perf_counter() - start
-        spent["the rest: Python, additions, SiLU"] = 2 * spent["all"] - spent.total()
-        print(f"\na token of the {name} model, after 700 tokens")
-        for what, value in spent.most_common():
-            print(f"{what:<34}{1e3 * value / tokens:>8.3f} ms")
-
-
-@contextlib.contextmanager
-def timed_functions() -> Iterator[Counter]:
-    """Sums up the seconds that the functions of a token's step take, by name."""
-    from megalodon_mcore import token_step
-
-    spent: Counter = Counter()
-
-    def timed(name: str, function: Callable) -> Callable:
-        def run(*args: object) -> object:
-            start = time.perf_counter()
-            result = function(*args)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return run
-
-    names = ("timestep_norm_step", "cema_decayed", "drive_", "rms_norm_step", "query_key_step")
-    with contextlib.ExitStack() as stack:
-        for name in (*names, "attention_step"):
-            stepped = timed(name, getattr(token_step, name))
-            stack.enter_context(patch.object(token_step, name, stepped))
-        calls = SimpleNamespace(silu=F.silu, embedding=F.embedding)
-        calls.linear = timed("products with the weights", F.linear)
-        stack.enter_context(patch.object(token_step, "F", calls))
-        yield spent
 
 
 def plot(budget: dict[torch.dtype, dict[str, float]], file: Path) -> None:

@@ -42,7 +42,7 @@ from megalodon_mcore.parallel.tensor_split import TensorSplit
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries from one piece of a sequence to the next."""
+    """The state of a mixer between pieces of a sequence."""
 
     timestep_norm: TimestepNormState | None = None
     cema: Tensor | None = None
