@@ -1,4 +1,4 @@
-"""Which implementation an operator takes: the portable torch path or the Triton kernels."""
+"""Chooses an operator's implementation: the portable torch path or the Triton kernels."""
 
 import os
 from functools import lru_cache
@@ -14,7 +14,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
-    """Whether an operator on these floating tensors should run its Triton kernels.
+    """True if an operator on these floating tensors should run its Triton kernels.
 
     By itself it does where all of them (None is passed over) are on a CUDA device of capability
     8.0 or newer, of type float32, bfloat16 or float16, and Triton is installed. The environment
@@ -51,7 +51,7 @@ def _require(tensors: list[Tensor]) -> None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which takes tensors on the CPU."""
+    """True if kernels run in Triton's interpreter, which takes tensors on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -19,8 +19,13 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """With the last dimension's numbers next to each other, and no memory that places share."""
+    return x if x.stride(-1) == 1 and min(x.stride()) > 0 else x.contiguous()
+
+
 def exact_float32() -> bool:
-    """Whether torch's settings ask for float32 products of full precision (no TF32) on CUDA.
+    """True if torch's settings ask for float32 products of full precision (no TF32) on CUDA.
 
     Both ways to say it count: torch.set_float32_matmul_precision and fp32_precision.
     """

@@ -1,4 +1,4 @@
-"""Which types operators compute in."""
+"""The types that operators compute in."""
 
 import torch
 from torch import Tensor

@@ -61,7 +61,7 @@ def cema(
 def cema_response(
     state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
 ) -> Tensor:
-    """What `cema` returns for `length` zeros after this state: a state's share of the outputs.
+    """A state's share of the outputs: those of `cema` for `length` zeros after it.
 
     CEMA is linear, so the outputs of x after a state are those of x after zeros plus this:
 

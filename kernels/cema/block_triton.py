@@ -1,4 +1,4 @@
-"""What CEMA's Triton kernels do before, between and after their products.
+"""The work of CEMA's Triton kernels before, between and after their products.
 
 A program has DC channels with N components each. The map of a block of T steps is built from p, q
 and gamma where it is used, and its gradient is contracted to theirs where it was summed, so that
@@ -107,7 +107,7 @@ def store_pair(pointer, at, real, imag, mask):
 
 @triton.jit
 def places(d, D, N: tl.constexpr, NP: tl.constexpr):
-    """Which of [DC, NP] are components of channels, and their places in [D, N]."""
+    """A mask of the components of channels among [DC, NP], and their places in [D, N]."""
     n = tl.arange(0, NP)
     return (d < D)[:, None] & (n < N)[None], d[:, None] * N + n[None]
 

@@ -159,8 +159,12 @@ class _BlockMap(torch.autograd.Function):
         by_log = by_log + block * grad_q_block * q_powers[:, block].conj()
         grad_gamma = torch.view_as_real(grad_readout.resolve_conj()) / math.sqrt(ndim)
         return (
-            *(grad_p.double(), by_log.real.double(), 2 * math.pi * by_log.imag.double()),
-            *(grad_gamma, grad_taps[:, :1], None),
+            grad_p.double(),
+            by_log.real.double(),
+            2 * math.pi * by_log.imag.double(),
+            grad_gamma,
+            grad_taps[:, :1],
+            None,
         )
 
 

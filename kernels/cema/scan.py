@@ -60,8 +60,12 @@ class BlockScan(torch.autograd.Function):
                 cut = _Cut(x, maps)
                 grad_end = grad_state_out[:, group] if ctx.return_state else None
                 grad_map, grad_end_map = cut.backward(
-                    *(x[..., group], state[:, group], grad_y[..., group], grad_end),
-                    *(grad_x[..., group], grad_state[:, group]),
+                    x[..., group],
+                    state[:, group],
+                    grad_y[..., group],
+                    grad_end,
+                    grad_x[..., group],
+                    grad_state[:, group],
                 )
                 outputs, gradients = [maps.map], [grad_map]
                 if grad_end_map is not None:

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import exact_float32, kernel, on_device_of
+from ..launch import exact_float32, kernel, on_device_of, side_by_side
 from .block_triton import (
     block_map,
     block_map_gradient,
@@ -141,7 +141,7 @@ class Cut(NamedTuple):
     def sums(
         self, x: Tensor, maps: tuple[Tensor, ...], end: Tensor | None, reverse: bool
     ) -> Tensor:
-        """What each segment but the last one walked adds to its state; see `sums_kernel`."""
+        """The share of each segment but the last one walked in its state; see `sums_kernel`."""
         sums = self.states(x, self.segments - 1)
         if self.segments > 1:
             sums_kernel[self.grid(self.segments - 1)](
@@ -168,7 +168,7 @@ class _Cema(torch.autograd.Function):
         return_state,
         differentiable,
     ):
-        x, first = _rows(x), _pairs(state)
+        x, first = side_by_side(x), _pairs(state)
         cut = Cut.of(x, p.shape[1])
         q = torch.view_as_real(torch.polar(log_magnitude.exp(), 2 * math.pi * turns))
         maps = (p, q, gamma.contiguous(), omega.contiguous())
@@ -194,7 +194,7 @@ class _Cema(torch.autograd.Function):
     def backward(ctx, grad_y, grad_end):
         x, p, log_magnitude, turns, q, gamma, omega, kept, whole = ctx.saved_tensors
         cut, maps = ctx.cut, (p, q, gamma, omega)
-        grad_y, tail, through_end = _rows(grad_y), None, (0, 0, 0)
+        grad_y, tail, through_end = side_by_side(grad_y), None, (0, 0, 0)
         with on_device_of(x), torch.autocast(x.device.type, enabled=False):
             if whole is not None and cut.tail:
                 given = (whole, x[:, -cut.tail :].float(), p, log_magnitude, turns)
@@ -230,11 +230,6 @@ def _after(state: Tensor, x: Tensor, p: Tensor, log_magnitude: Tensor, turns: Te
     q = powers(log_magnitude, turns, exponents)
     write = p[:, None].float() * q[:, 1:]
     return q[:, 0] * state + torch.einsum("btd,dtn->bdn", x.to(q.dtype), write)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With channels side by side, and no stride of an expanded tensor."""
-    return x if x.stride(-1) == 1 and x.stride(1) > 0 else x.contiguous()
 
 
 def _pairs(state: Tensor | None) -> Tensor | None:
@@ -317,7 +312,7 @@ def sums_kernel(
     EXACT: tl.constexpr,
     REVERSE: tl.constexpr,
 ) -> None:
-    """What each segment adds to the state, to sums [batch, segments - 1, D, N]: all but the last.
+    """Every segment's share in the state, but the last's, to sums [batch, segments - 1, D, N].
 
     REVERSE: x is the gradient of y, and the sums are those of the gradient of the state, in all
     segments but the first. end: see _with_end.

@@ -1,4 +1,4 @@
-"""What chunked attention carries from one piece of a sequence to the next."""
+"""The state of chunked attention between pieces of a sequence."""
 
 from typing import NamedTuple
 

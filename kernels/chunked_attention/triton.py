@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import kernel, on_device_of
+from ..launch import kernel, on_device_of, side_by_side
 from .state import AttentionState
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -58,7 +58,7 @@ def chunked_attention_triton(
 
 
 class Tile(NamedTuple):
-    """What a program works on: its own rows, and what it takes at a time of the others.
+    """Sizes of a program's work: its own rows, and those it takes at a time of the others.
 
     width counts columns of values, depth columns of keys and queries in a product that gives
     scores. A depth of all columns keeps the own rows at hand; less reads them again and again.
@@ -159,7 +159,7 @@ class _ChunkedAttention(torch.autograd.Function):
         chunk_size: int,
         dropout_p: float,
     ) -> Tensor:
-        q, k, v = (_rows(z) for z in (q, k, v))
+        q, k, v = (side_by_side(z) for z in (q, k, v))
         batch, length, heads, _ = q.shape
         out = _empty_in_order_of(q, v.shape[-1])
         lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
@@ -186,8 +186,8 @@ class _ChunkedAttention(torch.autograd.Function):
         q, k, v, out, lse, seed = ctx.saved_tensors
         if not out.numel():
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None
-        grad_out = _rows(grad_out)
-        grad_q, grad_k, grad_v = (_rows(torch.empty_like(z)) for z in (q, k, v))
+        grad_out = side_by_side(grad_out)
+        grad_q, grad_k, grad_v = (side_by_side(torch.empty_like(z)) for z in (q, k, v))
         delta = torch.empty_like(lse)
         call = _Call(q, k, v, ctx.chunk_size, ctx.dropout_p)
         scores, product = call.tiles.scores, call.tiles.product
@@ -275,11 +275,6 @@ class _Call:
 
 DELTA_ROWS = 8
 DELTA_WIDTH = 256
-
-
-def _rows(z: Tensor) -> Tensor:
-    """Z with its last dimension in one piece."""
-    return z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous()
 
 
 def _empty_in_order_of(q: Tensor, width: int) -> Tensor:
@@ -380,7 +375,7 @@ def _scores(
 
 @triton.jit
 def _keep(seed, chunk, queries, keys, row, threshold):
-    """Which weights dropout keeps, by a counter-based generator; queries and keys broadcast."""
+    """True for weights to keep, by a counter-based generator; queries and keys broadcast."""
     zero = queries * 0 + keys * 0
     c0, c1 = zero + keys, zero + queries
     bits, _, _, _ = tl.philox(seed, c0, c1, zero + chunk, zero + row.to(tl.int32))

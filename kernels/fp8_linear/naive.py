@@ -44,7 +44,7 @@ def round_to(x: float, values: list[float]) -> float:
 def quantize_naive(
     x: Tensor, values: list[float], block: tuple[int, int] | None, power_of_two_scales: bool
 ) -> Tensor:
-    """What is left of [rows, columns] after quantization with a scale per block; float64."""
+    """[rows, columns] after quantization with a scale per block; float64."""
     rows, columns = block or x.shape
     result = torch.empty(x.shape, dtype=torch.float64)
     for top in range(0, x.shape[0], rows):

@@ -13,7 +13,7 @@ from .recipes import Fp8Recipe
 def quantize_portable(
     x: Tensor, dtype: torch.dtype, block: tuple[int, int] | None, power_of_two_scales: bool
 ) -> Tensor:
-    """What is left of [rows, columns] after quantization with a scale per block; float32.
+    """[rows, columns] after quantization with a scale per block; float32.
 
     Blocks at the edges may be smaller. Blocks of zeros stay; one with an infinity or NaN
     becomes NaN.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Fp8Recipe(NamedTuple):
-    """Which elements share a scale.
+    """The elements that share a scale.
 
     Block = rows of the operand (the product's own index) by columns (the summed index); None stands
     for the whole tensor. The rows that an operand has differ between the forward and the two
@@ -18,7 +18,7 @@ class Fp8Recipe(NamedTuple):
     weight_block: tuple[int, int] | None
 
     power_of_two_scales: bool
-    """Whether a scale is the largest power of two that fits, or makes the largest element fit."""
+    """A scale is the largest power of two that fits; else it makes the largest element fit."""
 
 
 RECIPES = {

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import kernel, on_device_of
+from ..launch import kernel, on_device_of, side_by_side
 
 # Numbers of each tensor in a tile, and at most so many of them side by side.
 TILE = 4096
@@ -37,7 +37,7 @@ def swiglu_triton(hidden: Tensor) -> Tensor:
 class _GatedSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        gate, x = _side_by_side(gate), _side_by_side(x)
+        gate, x = side_by_side(gate), side_by_side(x)
         ctx.save_for_backward(gate, x)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         _launch(forward_kernel, gate, x, y)
@@ -48,14 +48,14 @@ class _GatedSilu(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
         grad_gate, grad_x = torch.empty_like(gate), torch.empty_like(x)
-        _launch(backward_kernel, gate, x, _side_by_side(grad_y), grad_gate, grad_x)
+        _launch(backward_kernel, gate, x, side_by_side(grad_y), grad_gate, grad_x)
         return grad_gate, grad_x
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        hidden = _side_by_side(hidden)
+        hidden = side_by_side(hidden)
         ctx.save_for_backward(hidden)
         gate, x = hidden.chunk(2, dim=-1)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -69,14 +69,9 @@ class _SwiGLU(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         _launch(
             backward_kernel,
-            *(*hidden.chunk(2, dim=-1), _side_by_side(grad_y), *grad_hidden.chunk(2, dim=-1)),
+            *(*hidden.chunk(2, dim=-1), side_by_side(grad_y), *grad_hidden.chunk(2, dim=-1)),
         )
         return grad_hidden
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """With the numbers of a row side by side, and no memory shared by rows."""
-    return x if x.stride(2) == 1 and min(x.stride()) > 0 else x.contiguous()
 
 
 def _launch(kernel: Any, *tensors: Tensor) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import kernel, on_device_of
+from ..launch import kernel, on_device_of, side_by_side
 from .turns import turns
 
 # Numbers in a tile: enough bytes in flight, few enough to stay in registers.
@@ -91,7 +91,7 @@ class _QueryKey(torch.autograd.Function):
         first: int,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        z, weight, bias = _side_by_side(z), weight.contiguous(), bias.contiguous()
+        z, weight, bias = side_by_side(z), weight.contiguous(), bias.contiguous()
         batch, length, heads, width = z.shape
         tiling = Tiling.of(z, first, chunk)
         tables = tiling.tables(z, base)
@@ -116,7 +116,7 @@ class _QueryKey(torch.autograd.Function):
         grad_key: Tensor,
     ) -> tuple[Tensor | None, ...]:
         z, weight, *tables = ctx.saved_tensors
-        grad_query, grad_key = _side_by_side(grad_query), _side_by_side(grad_key)
+        grad_query, grad_key = side_by_side(grad_query), side_by_side(grad_key)
         batch, length, heads, width = z.shape
         tiling = ctx.tiling
         grad_z = torch.empty_like(z)
@@ -135,11 +135,6 @@ class _QueryKey(torch.autograd.Function):
             )
             grad_weight, grad_bias = partial.sum(0).to(weight.dtype).split(2)
         return grad_z, grad_weight, grad_bias, None, None, None, None
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """With the numbers of a head side by side, and no memory shared by heads or steps."""
-    return x if x.stride(3) == 1 and min(x.stride()) > 0 else x.contiguous()
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import kernel, on_device_of
+from ..launch import kernel, on_device_of, side_by_side
 
 # Numbers in a tile: enough bytes in flight, few enough to stay in registers.
 TILE = 4096
@@ -72,7 +72,7 @@ class _RowNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> Tensor:
-        x, weight = _side_by_side(x), weight.contiguous()
+        x, weight = side_by_side(x), weight.contiguous()
         outer, inner, channels = x.shape
         tiling = Tiling.of(x, 2 * PROGRAMS)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -97,7 +97,7 @@ class _RowNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, weight, rstd, *mean = ctx.saved_tensors
         centred = bool(mean)
-        grad_y = _side_by_side(grad_y)
+        grad_y = side_by_side(grad_y)
         outer, inner, channels = x.shape
         tiling = Tiling.of(x, PROGRAMS)
         grad_x = torch.empty_like(x)
@@ -114,11 +114,6 @@ class _RowNorm(torch.autograd.Function):
             )
             grad_weight, *grad_bias = partial.sum(0).to(weight.dtype).unbind(0)
         return grad_x, grad_weight, grad_bias[0] if centred else None, None
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """With the numbers of a row side by side, and no memory shared by rows."""
-    return x if x.stride(2) == 1 and min(x.stride()) > 0 else x.contiguous()
 
 
 @triton.jit

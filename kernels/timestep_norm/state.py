@@ -1,4 +1,4 @@
-"""What TimestepNorm carries from one piece of a sequence to the next."""
+"""The state of TimestepNorm between pieces of a sequence."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class TimestepNormState(NamedTuple):
-    """What TimestepNorm knows about a sequence so far; see `timestep_norm`."""
+    """Steps so far, and mean and variance of their groups; see `timestep_norm`."""
 
     count: Tensor
     mean: Tensor

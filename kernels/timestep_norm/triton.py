@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import kernel, on_device_of
+from ..launch import kernel, on_device_of, side_by_side
 from .state import TimestepNormState
 
 # Scalars in a tile: enough bytes in flight, few enough to stay in registers.
@@ -126,7 +126,7 @@ class _TimestepNorm(torch.autograd.Function):
         count_in: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, mean_in, var_in = _rows(x), mean_in.contiguous(), var_in.contiguous()
+        x, mean_in, var_in = side_by_side(x), mean_in.contiguous(), var_in.contiguous()
         weight, bias, count_in = weight.contiguous(), bias.contiguous(), count_in.contiguous()
         batch, length, channels = x.shape
         groups = mean_in.shape[1]
@@ -160,7 +160,7 @@ class _TimestepNorm(torch.autograd.Function):
         batch, length, channels = x.shape
         groups = mean_in.shape[1]
         constants = tiling.constants(groups)
-        grad_y = _rows(grad_y)
+        grad_y = side_by_side(grad_y)
         grad_mean, grad_var = grad_mean.contiguous(), grad_var.contiguous()
         grad_x = torch.empty_like(x)
         grad_mean_in, grad_var_in = torch.empty_like(mean_in), torch.empty_like(mean_in)
@@ -188,7 +188,7 @@ class _TimestepNorm(torch.autograd.Function):
 class _TimestepStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        x = _rows(x)
+        x = side_by_side(x)
         batch, length, _ = x.shape
         tiling = Tiling.of(x, groups, fewest=PROGRAMS // batch)
         constants = tiling.constants(groups)
@@ -223,11 +223,6 @@ class _TimestepStatistics(torch.autograd.Function):
                 **tiling.constants(groups),
             )
         return grad_x, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With channels side by side, and no stride of an expanded tensor."""
-    return x if x.stride(-1) == 1 and x.stride(1) > 0 else x.contiguous()
 
 
 def _doubles(x: Tensor, *shape: int) -> Tensor:
@@ -468,7 +463,7 @@ def _tile_backward(
     eps,
     S: tl.constexpr,
 ):
-    """What a tile's steps send back through the running statistics, and what it took for that.
+    """The gradient that a tile's steps send back through the running statistics, and its parts.
 
     With A, V the running mean and variance of count n: a = dL/dA / n - 2 A v, v = dL/dV / n. A
     scalar x at step t then gets (sum_{t..} a + 2 x sum_{t..} v) / S from this and later steps.

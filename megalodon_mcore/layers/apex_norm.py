@@ -13,7 +13,7 @@ from megalodon_mcore.layers.float32_module import Float32Module
 
 
 def has_apex_norm(config: TransformerConfig) -> bool:
-    """Whether Megatron's switch is on and both kernels it may come to are there."""
+    """True if Megatron's switch is on and both kernels it may come to are there."""
     return (
         config.persist_layer_norm
         and fused_layer_norm.HAVE_PERSIST_LAYER_NORM

@@ -78,7 +78,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         packed_seq_params: object | None = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """What TransformerBlock calls; masks and rotary embeddings it passes are not needed.
+        """Called by TransformerBlock; masks and rotary embeddings it passes are not needed.
 
         Raises:
             ValueError: packed sequences or an inference context, which a block cannot honour.

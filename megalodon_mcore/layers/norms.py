@@ -68,7 +68,7 @@ class TimestepNorm(Float32Module):
 def _merge(
     shards: SequenceShards, segment: Segment, means: Tensor, variances: Tensor
 ) -> TimestepNormState:
-    """What TimestepNorm knows when it reaches a segment (Chan et al., for many sets at once).
+    """The state of TimestepNorm when it reaches a segment (Chan et al., for many sets at once).
 
     means, variances: float64 [all segments, batch, groups], of each segment alone.
     """

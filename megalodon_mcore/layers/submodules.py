@@ -1,4 +1,4 @@
-"""Which classes a block's linear layers are built from."""
+"""The classes that a block's linear layers are built from."""
 
 from __future__ import annotations
 
