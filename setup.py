@@ -43,6 +43,7 @@ setup(
             "hypothesis==6.170.15",
             "psutil==7.2.2",
             "ruff==0.17.6",
+            "pyrefly==1.4.1",
             "megalodon-jax==0.2.2",
             "jax==0.10.2",
             "jaxlib==0.10.2",

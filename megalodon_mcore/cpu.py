@@ -321,6 +321,7 @@ class _StandIn:
                 return name if cuda else name.replace("torch.", "torch.cuda.", 1)
             if isinstance(dtype, str):
                 dtype = dtype.replace("torch.cuda.", "torch.")
+            # pyrefly: ignore[no-matching-overload]
             return type_of(tensor, dtype, *args, **kwargs)
 
         for name, value in (

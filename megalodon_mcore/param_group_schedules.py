@@ -53,8 +53,11 @@ def load_new_schedules() -> None:
             given, saved, name = values
             raise ScheduleMismatchError(_sentence(f"The {name}", given, saved)) from None
 
-    OptimizerParamScheduler._check_and_set = check_in_one_sentence
-    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(reorder_agreeing)
+    for owner, name, method in (
+        (OptimizerParamScheduler, "_check_and_set", check_in_one_sentence),
+        (MegatronOptimizer, "_filter_and_reorder_param_groups", staticmethod(reorder_agreeing)),
+    ):
+        setattr(owner, name, method)
     setattr(DistributedOptimizer, load, load_agreeing)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
 
 def get_batch(
     data_iterator: Iterator, vp_stage: int | None, micro_batch_size: int
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """The next micro-batch on the stages that need it; tensors are [batch, length]."""
     from megatron.core import mpu
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -242,7 +242,7 @@ def weight_among_shares(num_tokens: Tensor) -> Tensor | float:
     return num_tokens.clamp(min=1) * size / everybodys.clamp(min=1)
 
 
-def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Sequence[Any]:
     """Megatron's GPT datasets for train, validation and test."""
     from megatron.core import mpu
     from megatron.core.datasets.blended_megatron_dataset_builder import (

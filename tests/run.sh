@@ -8,6 +8,7 @@ enter_environment test
 install_oldest_triton
 ruff format --check .
 ruff check .
+pyrefly check
 if [ $# -eq 0 ]; then
     processes=$(($(nproc) < 4 ? $(nproc) : 4))
     set -- -m "" -n "$processes" --dist loadgroup

@@ -185,7 +185,8 @@ def _first_powers(log_magnitude: Tensor, turns: Tensor, last: int, dtype: torch.
 def _weighted_sums(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Two sums over t of complex z [c, T, N] with real weights [c, 2, T]: complex [c, N] each."""
     sums = torch.bmm(weights, torch.view_as_real(z).flatten(2))
-    return as_complex(sums).unbind(1)
+    first, second = as_complex(sums).unbind(1)
+    return first, second
 
 
 def _rotation_entries(matrix: Tensor) -> Tensor:

@@ -40,13 +40,13 @@ def chunked_attention_portable(
         keys = torch.cat([state.key, k[:, :head]], dim=1)
         values = torch.cat([state.value, v[:, :head]], dim=1)
         given = (z[:, None] for z in (q[:, :head], keys, values))
-        pieces.append(_causal_attention(*given, dropout_p).squeeze(1))
+        pieces.append(_causal_attention(*given, dropout_p=dropout_p).squeeze(1))
     if whole.stop > whole.start:
         chunks = (z[:, whole].unflatten(1, (-1, chunk_size)) for z in (q, k, v))
-        pieces.append(_causal_attention(*chunks, dropout_p).flatten(1, 2))
+        pieces.append(_causal_attention(*chunks, dropout_p=dropout_p).flatten(1, 2))
     if rest or not pieces:
         given = (z[:, None, whole.stop :] for z in (q, k, v))
-        pieces.append(_causal_attention(*given, dropout_p).squeeze(1))
+        pieces.append(_causal_attention(*given, dropout_p=dropout_p).squeeze(1))
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     if not return_state:

@@ -98,7 +98,10 @@ def _check(
     batch, _, channels = x.shape
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; it must divide x's {channels} channels.")
-    shapes = {"weight": (weight, (channels,)), "bias": (bias, (channels,))}
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "weight": (weight, (channels,)),
+        "bias": (bias, (channels,)),
+    }
     if state is not None:
         shapes["state.count"] = (state.count, (batch,))
         shapes["state.mean"] = (state.mean, (batch, num_groups))

@@ -149,10 +149,14 @@ def write_mcore(
             for module in LINEAR_MODULES:
                 key = f"{LAYER}{module}._extra_state/shard_{layer}_{layers}"
                 writer.write_object(key, [None])
-        common = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0}
-        common["content_metadata"] = {
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
+        common = {
+            "args": arguments,
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "content_metadata": {
+                "singleton_local_shards": False,
+                "chained_optim_avoid_prefix": True,
+            },
         }
         writer.write_object(COMMON, [common])
         writer.finish()

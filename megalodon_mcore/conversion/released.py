@@ -170,13 +170,17 @@ def _configuration(model: OpenModel, ranks: int, folder: Path) -> dict[str, Any]
         copy_tokenizer(model.tokenizer, folder / "tokenizer")
         if (folder / "tokenizer" / "tokenizer.model").is_file():
             tokenizer["path"] = "tokenizer/tokenizer.model"
-    values = {"model": values, "tokenizer": tokenizer, "model_parallel_size": ranks}
-    values["chunk_parallel_size"] = 1
+    configuration: dict[str, Any] = {
+        "model": values,
+        "tokenizer": tokenizer,
+        "model_parallel_size": ranks,
+        "chunk_parallel_size": 1,
+    }
     if model.training:
-        values[TRAINING] = model.training
+        configuration[TRAINING] = model.training
     if model.tokenizer and model.tokenizer.kind == NULL_TOKENIZER:
-        values["megalodon_mcore_eos_token_id"] = model.tokenizer.eos_token_id
-    return values
+        configuration["megalodon_mcore_eos_token_id"] = model.tokenizer.eos_token_id
+    return configuration
 
 
 def _tokenizer(configuration: dict[str, Any], folder: Path) -> Tokenizer | None:

@@ -12,6 +12,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +145,7 @@ class Encoder:
         return EncodedDocument(ids, lengths, size, document.input_bytes)
 
 
-def build_megatron_tokenizer(choice: TokenizerChoice) -> "MegatronTokenizerText":  # noqa: F821
+def build_megatron_tokenizer(choice: TokenizerChoice) -> Any:
     """The tokenizer that Megatron itself builds from the two arguments."""
     with quiet_megatron():
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer

@@ -15,10 +15,14 @@ def split_bounds(split: str, sequences: int) -> list[tuple[int, int] | None]:
     )
 
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    return [
-        None if share is None else tuple(round(bound * float(sequences)) for bound in share)
-        for share in matrix
-    ]
+    bounds: list[tuple[int, int] | None] = []
+    for share in matrix:
+        if share is None:
+            bounds.append(None)
+        else:
+            start, stop = (round(bound * float(sequences)) for bound in share)
+            bounds.append((start, stop))
+    return bounds
 
 
 def working_split(sequences: int) -> str:

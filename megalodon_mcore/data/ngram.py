@@ -143,7 +143,7 @@ def iterate_dataset(prefix: str | os.PathLike) -> Iterator[np.ndarray]:
     bounds = dataset.document_indices
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
         if last > first:
-            yield dataset[int(first)] if last == first + 1 else np.concatenate(dataset[first:last])
+            yield np.concatenate(dataset[int(first) : int(last)])
 
 
 def _count(documents: Iterable[np.ndarray], vocab_size: int, eod_id: int | None) -> _Counts:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 DEFAULT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz")
 """What is read in a folder. Not .json: a folder's .json files are mostly settings."""
@@ -205,7 +205,8 @@ def _read_json_lines(stream: BinaryIO, path: Path, key: str) -> Iterator[Documen
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+    file = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+    return cast(BinaryIO, file)
 
 
 def _decoded(data: bytes, path: Path, line: int | None = None, cut: bool = False) -> str:

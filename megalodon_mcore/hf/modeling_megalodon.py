@@ -405,8 +405,8 @@ class QueryKey(Float32Module):
         normed = F.rms_norm(heads, (width,), eps=self.eps)
         scale = ((self.weight + 1) / math.sqrt(width)).unflatten(-1, (-1, width))
         shift = self.bias.unflatten(-1, (-1, width))
-        query, key = (torch.addcmul(shift[i], normed, scale[i]) for i in (0, 1))
-        return tuple(rotate(part, span).to(z.dtype) for part in (query, key))
+        query, key = (rotate(torch.addcmul(shift[i], normed, scale[i]), span) for i in (0, 1))
+        return query.to(z.dtype), key.to(z.dtype)
 
 
 def rotate(x: Tensor, span: Span) -> Tensor:
@@ -601,7 +601,7 @@ def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout: 
     count = -(-length // size) + exporting()
     padded = (F.pad(z, (0, 0, 0, 0, 0, count * size - length)) for z in (q, k, v))
     chunks = (z.unflatten(1, (count, size)).flatten(0, 1) for z in padded)
-    out = attend(*chunks, None, dropout)
+    out = attend(*chunks, mask=None, dropout=dropout)
     return out.unflatten(0, (-1, count)).flatten(1, 2)[:, :length]
 
 
@@ -846,16 +846,19 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if cuts and not compiling:
             piece = self.config.piece_length
             bounds = [0, *range(piece - anchor % piece, longest, piece), longest]
-        if isinstance(positions_to_keep, int):
-            positions_to_keep = slice(-positions_to_keep, None)
-        kept_step, output = step[:, positions_to_keep], None
+        columns: slice | Tensor = slice(None)
+        if isinstance(positions_to_keep, Tensor):
+            columns = positions_to_keep
+        elif positions_to_keep:
+            columns = slice(-positions_to_keep, None)
+        kept_step, output = step[:, columns], None
         hidden_states = [] if output_hidden_states else None
         for first, stop in pairwise(bounds):
             own = None if lengths is None else (lengths - first).clamp(0, stop - first)
             x = self._run(inputs[:, first:stop], own, cache, start, hidden_states)
             start = None if start is None or lengths is not None else start + stop - first
             if real is None and len(bounds) == 2:
-                output = x[:, positions_to_keep]
+                output = x[:, columns]
             else:
                 output = put_back(x, kept_step - first, output)
         if output_hidden_states:

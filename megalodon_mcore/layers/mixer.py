@@ -152,7 +152,7 @@ class MegalodonMixer(MegatronModule):
         )
         with attention_rng(self.split):
             if shards is None:
-                attended = self._attend(*self.query_key(z, 0), value)
+                attended = self._attend(*self.query_key(z, 0), value=value)
             else:
                 attended = self._attend_shards(z, value, shards)
         gated = gated_silu(gate, attended.flatten(-2))

@@ -108,5 +108,6 @@ def _is_ours(row: Row, split: TensorSplit) -> bool:
 def _parts(rows: list[Row], config: MegalodonConfig, split: TensorSplit) -> tuple[int, list[int]]:
     """The axis along which this rank's parts lie side by side, and their extents."""
     axis = rows[0].part.axis if rows[0].part else rows[0].tp
+    assert axis is not None
     ranks = split.head_shares if rows[0].by_heads else split.size
     return axis, [row.shape_in(config)[axis] // ranks for row in rows]
