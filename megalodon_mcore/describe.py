@@ -42,6 +42,8 @@ def run(args: Namespace) -> int:
     """
     size = SIZES[args.preset]
     own = settle(parse_pairs(args.set, "--set"), size=size)
+    if args.vocab_size < 1:
+        raise ValueError(f"--vocab-size is {args.vocab_size}; it takes a positive integer.")
     config = dataclasses.replace(size, vocab_size=args.vocab_size, **own)
     layout = layout_from(args)
     print(f"Building {args.preset} on the meta device ...", file=sys.stderr, flush=True)

@@ -346,7 +346,7 @@ def test_describe_without_a_layout_prints_one_rank(capsys, monkeypatch):
     [
         ("--tp 3", "--tensor-model-parallel-size is 3 and there are 4 heads; take a divisor"),
         ("--tp 8 --set value_dim=8196 num_heads=2", "does not divide value_dim 8196"),
-        ("--pp 5", "--pipeline-model-parallel-size is 5, which does not divide --num-layers 32"),
+        ("--pp 5", "--num-layers is 32, which --pipeline-model-parallel-size 5 does not divide"),
         ("--pp 2 --layers-by-stage 30 3", "--layers-by-stage is 30 3; for --pp 2 it takes 2"),
         ("--cp 3", "--seq-length is 1048576, which contiguous order"),
         ("--cp 4 --seq-length 12 --order zigzag", "zigzag order with --context-parallel-size 4"),

@@ -44,11 +44,17 @@ class Shape(NamedTuple):
     @classmethod
     def named(cls, name: str, length: int = 16384, batch: int = 1) -> Shape:
         """That of a named size."""
-        size, own = NAMED_SIZES[name], NAMED_SIZES[name].megalodon
-        heads = size.num_attention_heads
+        size = NAMED_SIZES[name]
         return cls(
-            *(batch, length, size.hidden_size, own.norm_num_groups, heads),
-            *(own.z_dim // heads, own.value_dim // heads, own.chunk_size, size.ffn_hidden_size),
+            batch,
+            length,
+            size.hidden_size,
+            size.norm_num_groups,
+            size.num_heads,
+            size.head_dim,
+            size.value_dim // size.num_heads,
+            size.chunk_size,
+            size.ffn_hidden_size,
         )
 
     def divided(self, by: int) -> Shape:
