@@ -105,7 +105,7 @@ def run(args: Namespace) -> int:
             )
         tokenizer = TextTokenizer(opened.tokenizer)
         prompt_ids = tokenize_prompt(tokenizer, prompt)
-        _check_prompt(prompt_ids, tokenizer.eod, opened.architecture.vocab_size)
+        _check_prompt(prompt_ids, tokenizer.eod, opened.config.vocab_size)
         model = hf_model(opened, "cuda" if torch.cuda.is_available() else "cpu")
     text = StreamedText(tokenizer, prompt_ids)
 

@@ -148,10 +148,10 @@ def open_model(args: Namespace) -> OpenModel:
         if model.tokenizer is None:
             raise ValueError(f"{args.tokenizer} holds no tokenizer.")
     size = tokenizer_vocab_size(model.tokenizer)
-    if size is not None and size > model.architecture.vocab_size:
+    if size is not None and size > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer in {args.tokenizer or args.input} has {size} tokens and the model "
-            f"{model.architecture.vocab_size}; give the right one with --tokenizer."
+            f"{model.config.vocab_size}; give the right one with --tokenizer."
         )
     return model
 

@@ -49,12 +49,12 @@ def open_hf(folder: Path) -> OpenModel:
             f"{origin} is not this package's Megalodon (a folder of pszemraj's port goes by "
             "--from megalodon-hf)."
         )
-    # The configuration class derives what is left out; the architecture needs the numbers.
+    # The configuration class derives what is left out; the model needs the numbers.
     values = _with_derived(values, origin)
-    architecture = config_from(values, "hf", origin)
+    config = config_from(values, "hf", origin)
     tensors = TensorFolder(folder)
-    known = {parameter.hf for parameter in parameters(architecture)}
-    extra = tensors.names() - known - ({"lm_head.weight"} if architecture.tied else set())
+    known = {parameter.hf for parameter in parameters(config)}
+    extra = tensors.names() - known - ({"lm_head.weight"} if config.tied else set())
     if extra:
         raise ValueError(f"{folder} has {min(extra)}, of which {origin} knows nothing.")
     named = values.get("dtype") or values.get("torch_dtype")
@@ -68,7 +68,7 @@ def open_hf(folder: Path) -> OpenModel:
     training = values.get(TRAINING)
     return OpenModel(
         folder,
-        architecture,
+        config,
         DTYPES[named],
         lambda parameter: tensors.read(parameter.hf),
         tokenizer,
@@ -92,7 +92,7 @@ def write_hf(
         max_shard_size: bytes in a file, unless one tensor has more.
         progress: wraps the loop over parameters.
     """
-    todo = list(parameters(model.architecture))
+    todo = list(parameters(model.config))
     entries = [Entry(p.hf, p.shape, model.written_dtype(p, dtype)) for p in todo]
     tensors = (model.read(parameter, dtype) for parameter in progress(todo))
     write_tensor_folder(folder, entries, tensors, max_shard_size)
@@ -118,10 +118,10 @@ def _configuration(model: OpenModel, dtype: torch.dtype) -> dict[str, Any]:
         "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    values |= model.architecture.named("hf")
+    values |= model.config.named("hf")
     values["rope_theta"] = float(values["rope_theta"])
     values["use_cache"] = True
-    values["piece_length"] = piece_length(model.architecture.chunk_size)
+    values["piece_length"] = piece_length(model.config.chunk_size)
     if model.training:
         values[TRAINING] = model.training
     return values | _token_ids(model)

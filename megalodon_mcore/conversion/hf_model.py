@@ -27,15 +27,15 @@ def hf_model(model: OpenModel, device: torch.device | str = "cpu") -> MegalodonF
     """
     from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
 
-    values = model.architecture.named("hf")
+    values = model.config.named("hf")
     values["rope_theta"] = float(values["rope_theta"])
-    config = MegalodonConfig(**values, piece_length=piece_length(model.architecture.chunk_size))
+    own = MegalodonConfig(**values, piece_length=piece_length(model.config.chunk_size))
     with torch.device("meta"):
-        built = MegalodonForCausalLM(config)
-    for parameter in parameters(model.architecture):
+        built = MegalodonForCausalLM(own)
+    for parameter in parameters(model.config):
         owner, _, name = parameter.hf.rpartition(".")
         tensor = nn.Parameter(model.read(parameter).to(device), requires_grad=False)
         setattr(built.get_submodule(owner), name, tensor)
-    if model.architecture.tied:
+    if model.config.tied:
         built.lm_head.weight = built.model.embed_tokens.weight
     return built.eval()

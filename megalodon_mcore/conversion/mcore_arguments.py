@@ -111,7 +111,7 @@ def arguments_for(
         raise ValueError(
             f"--make-vocab-size-divisible-by is {divisible_by}; it takes a positive integer."
         )
-    shape = model.architecture
+    shape = model.config
     values = shape.named("megatron")
     kind = model.tokenizer.kind if model.tokenizer else NULL_TOKENIZER
     length = model.training.get("seq_length", shape.chunk_size)

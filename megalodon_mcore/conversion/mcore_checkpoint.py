@@ -77,16 +77,16 @@ def open_mcore(
     found, true_vocab_size = tokenizer_of(
         arguments, place.absolute().parent, embedding[0], tokenizer, vocab_size
     )
-    architecture = config_from_arguments(arguments, true_vocab_size, str(place))
+    config = config_from_arguments(arguments, true_vocab_size, str(place))
     model = OpenModel(
         place,
-        architecture,
+        config,
         dtype_of(arguments),
-        lambda parameter: _fetch(reader, parameter, architecture),
+        lambda parameter: _fetch(reader, parameter, config),
         found,
         training_of(arguments, int(common.get("iteration", 0))),
     )
-    _refuse_others(reader, architecture)
+    _refuse_others(reader, config)
     return model
 
 
@@ -141,8 +141,8 @@ def write_mcore(
     (folder / "release").mkdir()
     writer = TorchDistWriter(folder / "release")
     try:
-        layers = model.architecture.num_layers
-        for parameter in progress(list(parameters(model.architecture))):
+        layers = model.config.num_layers
+        for parameter in progress(list(parameters(model.config))):
             _write(writer, parameter, model.read(parameter, dtype), arguments)
         for layer in range(layers):
             # Megatron's linear layers each want an (empty) extra state of theirs.
@@ -209,14 +209,14 @@ def _first_row(parameter: Parameter) -> int:
     return 0 if part is None or part.axis == 1 else part.index * parameter.shape[0]
 
 
-def _fetch(reader: TorchDistReader, parameter: Parameter, architecture: MegalodonConfig) -> Tensor:
+def _fetch(reader: TorchDistReader, parameter: Parameter, config: MegalodonConfig) -> Tensor:
     key, stacked = _key_of_layer(reader, parameter)
     whole = reader.shape(key)
     if whole is None:
         raise ValueError(f"{reader.folder} has no {key}.")
-    expected = _shape_in_layer(parameter, architecture.swiglu)
+    expected = _shape_in_layer(parameter, config.swiglu)
     if stacked:
-        expected = (architecture.num_layers, *expected)
+        expected = (config.num_layers, *expected)
     padded = parameter.row.mcore in PADDED and whole[:1] >= expected[:1]
     if whole[padded:] != expected[padded:]:
         raise ValueError(
@@ -230,8 +230,8 @@ def _fetch(reader: TorchDistReader, parameter: Parameter, architecture: Megalodo
     return reader.read(key, [(parameter.layer, parameter.layer + 1), *ranges]).squeeze(0)
 
 
-def _refuse_others(reader: TorchDistReader, architecture: MegalodonConfig) -> None:
-    known = {_key_of_layer(reader, parameter)[0] for parameter in parameters(architecture)}
+def _refuse_others(reader: TorchDistReader, config: MegalodonConfig) -> None:
+    known = {_key_of_layer(reader, parameter)[0] for parameter in parameters(config)}
     prefixes = ("embedding.", "decoder.", "output_layer.")
     for key in reader.entries:
         if key.startswith(prefixes) and reader.shape(key) is not None and key not in known:

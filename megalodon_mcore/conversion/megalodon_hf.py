@@ -82,8 +82,8 @@ def open_megalodon_hf(folder: Path) -> OpenModel:
     values["share_emb"] = "lm_head.weight" not in tensors.names() or torch.equal(
         tensors.read("lm_head.weight"), tensors.read("model.embed.weight")
     )
-    architecture = config_from(values, "released", origin)
-    _check_names(tensors, architecture, values, folder)
+    config = config_from(values, "released", origin)
+    _check_names(tensors, config, values, folder)
     dtype = tensors.read("model.embed.weight").dtype
     named = {torch.bfloat16, torch.float16}
     tokenizer = open_tokenizer(folder)
@@ -91,9 +91,9 @@ def open_megalodon_hf(folder: Path) -> OpenModel:
         tokenizer = Tokenizer(NULL_TOKENIZER, (), values["eos_token_id"])
     return OpenModel(
         folder,
-        architecture,
+        config,
         dtype if dtype in named else torch.float32,
-        lambda parameter: _fetch(tensors, parameter, architecture, values),
+        lambda parameter: _fetch(tensors, parameter, config, values),
         tokenizer,
     )
 
@@ -119,7 +119,7 @@ def _name(parameter: Parameter) -> str:
 def _fetch(
     tensors: TensorFolder,
     parameter: Parameter,
-    architecture: MegalodonConfig,
+    config: MegalodonConfig,
     values: dict[str, Any],
 ) -> Tensor:
     own, name = parameter.row.hf, _name(parameter)
@@ -140,23 +140,23 @@ def _fetch(
         return (tensor.float() + other.float()).to(tensor.dtype)
     if own in WITH_HALVES and tuple(tensor.shape) == parameter.shape:
         axis = 1 if own.startswith("query_key") else 0
-        return adjacent_from_halves(tensor, axis, architecture.num_heads)
+        return adjacent_from_halves(tensor, axis, config.num_heads)
     return tensor
 
 
 def _check_names(
-    tensors: TensorFolder, architecture: MegalodonConfig, values: dict[str, Any], folder: Path
+    tensors: TensorFolder, config: MegalodonConfig, values: dict[str, Any], folder: Path
 ) -> None:
     known = {"lm_head.weight"}
-    for parameter in parameters(architecture):
+    for parameter in parameters(config):
         name = _name(parameter)
         if parameter.row.hf == "cema.gamma":
             known |= {f"{name}_real", f"{name}_imag"}
         else:
             known.add(name)
-    for layer in range(architecture.num_layers):
+    for layer in range(config.num_layers):
         known.add(f"model.layers.{layer}.attn.wh2.bias")
-        for linear in ("fc1", "fc2", "fc3") if architecture.swiglu else ("fc1", "fc2"):
+        for linear in ("fc1", "fc2", "fc3") if config.swiglu else ("fc1", "fc2"):
             name = f"model.layers.{layer}.ffn.{linear}.bias"
             known.add(name)
             if name in tensors.names() and tensors.read(name).count_nonzero():

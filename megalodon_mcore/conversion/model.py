@@ -33,7 +33,7 @@ class OpenModel:
     """A checkpoint's contents; tensors are read one at a time, when they are asked for."""
 
     folder: Path
-    architecture: MegalodonConfig
+    config: MegalodonConfig
     dtype: torch.dtype
     """Of all parameters that do not stay float32."""
     fetch: Callable[[Parameter], Tensor]

@@ -32,7 +32,7 @@ TOKENIZER_MODEL = """The tokenizer is the SentencePiece model `tokenizer.model`.
 
 def model_card(model: OpenModel, dtype: torch.dtype) -> str:
     """Markdown: what the model is, its sizes, how to use it, how it was trained."""
-    shape = model.architecture
+    shape = model.config
     count = number_of_values(shape)
     size = sum(
         torch.Size(parameter.shape).numel() * model.written_dtype(parameter, dtype).itemsize

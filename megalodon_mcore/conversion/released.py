@@ -55,13 +55,13 @@ def open_released(folder: Path) -> OpenModel:
     if values.get("vocab_size", -1) == -1:
         values["vocab_size"] = len(_tensor(shards[0], EMBEDDING, folder))
     _refuse_unusual(values, folder)
-    architecture = config_from(values, "released", f"{folder}/config.json")
-    _check_keys(shards, architecture, folder)
-    _check_constants(shards, architecture, folder)
+    config = config_from(values, "released", f"{folder}/config.json")
+    _check_keys(shards, config, folder)
+    _check_constants(shards, config, folder)
     training = configuration.get(TRAINING)
     return OpenModel(
         folder,
-        architecture,
+        config,
         DTYPES[dtype],
         lambda parameter: _joined(shards, parameter, folder),
         _tokenizer(configuration, folder),
@@ -81,7 +81,7 @@ def write_released(
     Raises:
         ValueError: the ranks do not divide the model.
     """
-    shape = model.architecture
+    shape = model.config
     _check_ranks(shape, ranks)
     todo = list(parameters(shape))
     layout = {p.released: (_split_shape(p, ranks), model.written_dtype(p, dtype)) for p in todo}
@@ -123,20 +123,20 @@ def file_names(ranks: int) -> list[str]:
     return [f"consolidated.{rank:02d}.pth" for rank in range(ranks)]
 
 
-def frequencies(architecture: MegalodonConfig) -> Tensor:
+def frequencies(config: MegalodonConfig) -> Tensor:
     """The buffer `rope.freqs`: float32 [Z / heads / 2], computed as the released code does."""
-    width = architecture.z_dim // architecture.num_heads
-    powers = [architecture.rotary_base ** (j / width) for j in range(0, width, 2)]
+    width = config.z_dim // config.num_heads
+    powers = [config.rotary_base ** (j / width) for j in range(0, width, 2)]
     return 1.0 / torch.tensor(powers, dtype=torch.float32)
 
 
-def _priors(architecture: MegalodonConfig, ranks: int) -> Iterable[tuple[str, Tensor]]:
+def _priors(config: MegalodonConfig, ranks: int) -> Iterable[tuple[str, Tensor]]:
     """TimestepNorm's buffers: a count of zero, and what it then makes no use of."""
-    prefixes = [f"layers.{layer}.mega.timenorm" for layer in range(architecture.num_layers)]
+    prefixes = [f"layers.{layer}.mega.timenorm" for layer in range(config.num_layers)]
     for prefix in (*prefixes, "output.final_norm"):
         yield f"{prefix}.prior_count", torch.tensor(0)
         for name in ("prior_mean", "prior_logv"):
-            yield f"{prefix}.{name}", torch.zeros(architecture.norm_num_groups // ranks)
+            yield f"{prefix}.{name}", torch.zeros(config.norm_num_groups // ranks)
 
 
 def _like(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
@@ -152,17 +152,17 @@ def _split_shape(parameter: Parameter, ranks: int) -> tuple[int, ...]:
     return tuple(z // ranks if i == axis else z for i, z in enumerate(parameter.shape))
 
 
-def _check_ranks(architecture: MegalodonConfig, ranks: int) -> None:
+def _check_ranks(config: MegalodonConfig, ranks: int) -> None:
     for name in ("num_heads", "norm_num_groups", "hidden_size", "ffn_hidden_size"):
-        if ranks < 1 or getattr(architecture, name) % ranks:
+        if ranks < 1 or getattr(config, name) % ranks:
             raise ValueError(
                 f"--model-parallel-size is {ranks}; it takes a divisor of {name}, which is "
-                f"{getattr(architecture, name)}."
+                f"{getattr(config, name)}."
             )
 
 
 def _configuration(model: OpenModel, ranks: int, folder: Path) -> dict[str, Any]:
-    values = model.architecture.named("released")
+    values = model.config.named("released")
     values |= {"output_size": -1, "norm_affine": True, "efficient_attn": None}
     values["rope_base"] = float(values["rope_base"])
     tokenizer: dict[str, Any] = {"path": None}
@@ -227,9 +227,9 @@ def _joined(shards: list[dict[str, Tensor]], parameter: Parameter, folder: Path)
     return torch.cat(parts, dim=parameter.row.split) if len(parts) > 1 else parts[0]
 
 
-def _check_keys(shards: list[dict], architecture: MegalodonConfig, folder: Path) -> None:
-    known = {parameter.released for parameter in parameters(architecture)}
-    known |= {OUTPUT, FREQUENCIES} | {name for name, _ in _priors(architecture, 1)}
+def _check_keys(shards: list[dict], config: MegalodonConfig, folder: Path) -> None:
+    known = {parameter.released for parameter in parameters(config)}
+    known |= {OUTPUT, FREQUENCIES} | {name for name, _ in _priors(config, 1)}
     for shard in shards:
         for kind, names in (("has no", known - set(shard)), ("has", set(shard) - known)):
             if names:
@@ -237,13 +237,13 @@ def _check_keys(shards: list[dict], architecture: MegalodonConfig, folder: Path)
                 raise ValueError(f"{folder} {kind} {min(names)}{after}.")
 
 
-def _check_constants(shards: list[dict], architecture: MegalodonConfig, folder: Path) -> None:
-    width = architecture.z_dim // architecture.num_heads
+def _check_constants(shards: list[dict], config: MegalodonConfig, folder: Path) -> None:
+    width = config.z_dim // config.num_heads
     if any(tuple(shard[FREQUENCIES].shape) != (-(-width // 2),) for shard in shards):
         raise ValueError(
             f"{FREQUENCIES} in {folder} has not the width of its configuration's z_dim."
         )
-    expected = frequencies(architecture)
+    expected = frequencies(config)
     for shard in shards:
         found = shard[FREQUENCIES]
         # A model that was cast to bf16 has its buffers cast as well.
@@ -255,10 +255,10 @@ def _check_constants(shards: list[dict], architecture: MegalodonConfig, folder: 
                 f"{FREQUENCIES} in {folder} is not what the configuration's rope_base, z_dim and "
                 "num_heads make it."
             )
-        for name, _ in _priors(architecture, 1):
+        for name, _ in _priors(config, 1):
             if shard[name].count_nonzero():
                 raise ValueError(f"{name} in {folder} is not zero; learned priors are not known.")
-        if architecture.tied and not torch.equal(shard[OUTPUT], shard[EMBEDDING]):
+        if config.tied and not torch.equal(shard[OUTPUT], shard[EMBEDDING]):
             raise ValueError(f"{OUTPUT} differs from {EMBEDDING} in {folder}, which ties them.")
 
 

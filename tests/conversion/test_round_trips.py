@@ -37,17 +37,17 @@ def test_there_and_back(name, dtype, tmp_path):
     start = hf_folder(tmp_path / "start", name, dtype)
     before, expected = contents(start), hf_tensors(start)
     assert {z.dtype for z in expected.values()} == {dtype, torch.float32}
-    architecture = open_hf(start).architecture
+    config = open_hf(start).config
     for number, chain in enumerate(CHAINS):
         kind, place = "hf", start
         for step, target in enumerate((*chain, "hf")):
             made = tmp_path / f"{number}-{step}-{target}"
-            ranks = 2 if number % 2 and architecture.num_heads % 2 == 0 else 1
+            ranks = 2 if number % 2 and config.num_heads % 2 == 0 else 1
             options = ("--model-parallel-size", ranks) if target == "released" else ()
             assert convert(kind, target, place, made, *options) == 0
             kind, place = target, made
         assert_same_tensors(hf_tensors(place), expected)
-        assert open_hf(place).architecture == architecture
+        assert open_hf(place).config == config
     assert contents(start) == before
     assert not list(tmp_path.glob(".*"))
 
@@ -62,10 +62,10 @@ def test_all_readers_see_one_architecture(name, tmp_path):
         open_mcore(tmp_path / "mcore"),
         open_released(tmp_path / "released"),
     ]
-    assert len({model.architecture for model in models}) == 1
+    assert len({model.config for model in models}) == 1
     tensors = hf_tensors(start)
-    assert number_of_values(models[0].architecture) == sum(z.numel() for z in tensors.values())
-    for parameter in parameters(models[0].architecture):
+    assert number_of_values(models[0].config) == sum(z.numel() for z in tensors.values())
+    for parameter in parameters(models[0].config):
         for model in models:
             assert torch.equal(model.read(parameter), tensors[parameter.hf]), parameter.hf
 

@@ -66,7 +66,7 @@ def tokens_of(vocab_size):
 def by_equations(checkpoint):
     """float64 logits [2, 75, V] from the equations, of weights read from a Megatron checkpoint."""
     model = open_mcore(checkpoint)
-    shape, joined = model.architecture, {}
+    shape, joined = model.config, {}
     for parameter in parameters(shape):
         joined.setdefault(parameter.mcore, []).append(parameter)
     state = {
@@ -84,7 +84,7 @@ def by_equations(checkpoint):
 
 
 def by_megatron(checkpoint, folder):
-    vocab_size = open_mcore(checkpoint).architecture.vocab_size
+    vocab_size = open_mcore(checkpoint).config.vocab_size
     torch.save(tokens_of(vocab_size), folder / "tokens.pt")
     done = launch(
         str(Path(__file__).with_name("mcore_logits.py")),
@@ -111,7 +111,7 @@ def by_megalodon_jax(folder):
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "highest")
-    shape = open_released(folder).architecture
+    shape = open_released(folder).config
     config = megalodon_jax.MegalodonConfig(
         vocab_size=shape.vocab_size,
         model_dim=shape.hidden_size,
