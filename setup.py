@@ -29,7 +29,7 @@ setup(
         "numpy",
         "nltk",
         "tokenizers",
-        "transformers",
+        "transformers>=5.0",
         "sentencepiece",
         "safetensors",
         "tensorboard",
