@@ -72,14 +72,15 @@ def silu(x):
     return x * torch.sigmoid(x)
 
 
-def block(x, p, own, heads, swiglu, eps, rotary_base):
-    """One block on [batch, length, width]; `p` by names in the layer, `own` a resolved config."""
-    width, z_width = x.shape[-1], own.z_dim // heads
+def block(x, p, config):
+    """One block on [batch, length, width]; `p` by names in the layer, a MegalodonConfig."""
+    width, heads, eps = x.shape[-1], config.num_heads, config.norm_eps
+    z_width = config.z_dim // heads
     t = timestep_norm(
         x,
         p["mixer.timestep_norm.weight"],
         p["mixer.timestep_norm.bias"],
-        own.norm_num_groups,
+        config.norm_num_groups,
         eps,
     )
     averages = cema(
@@ -98,14 +99,14 @@ def block(x, p, own, heads, swiglu, eps, rotary_base):
     )
     v = silu(linear("linear_v", t)).unflatten(-1, (heads, -1))
     r = silu(linear("linear_r", m))
-    q, k = (rotate(part, rotary_base, own.chunk_size) for part in (q, k))
-    a = attention(q, k, v, own.chunk_size).flatten(-2)
+    q, k = (rotate(part, config.rotary_base, config.chunk_size) for part in (q, k))
+    a = attention(q, k, v, config.chunk_size).flatten(-2)
     projection = p["mixer.linear_proj.weight"]
     y = x + m @ projection[:, :width].T + p["mixer.linear_proj.bias"]
     y = y + (a * r) @ projection[:, width:].T
     u = layer_norm(y, eps) * (p["feed_forward.norm.weight"] + 1) + p["feed_forward.norm.bias"]
     first = p["feed_forward.linear_fc1.weight"]
-    if swiglu:
+    if config.swiglu:
         half = first.shape[0] // 2
         hidden = silu(u @ first[:half].T) * (u @ first[half:].T)
     else:
@@ -116,21 +117,21 @@ def block(x, p, own, heads, swiglu, eps, rotary_base):
     return x + output
 
 
-def model(tokens, p, own, num_layers, heads, swiglu, eps, rotary_base):
+def model(tokens, p, config):
     """Logits [batch, length, vocabulary] of int64 tokens [batch, length]."""
     embedding = p["embedding.word_embeddings.weight"]
     x = embedding[tokens]
-    if own.scale_embedding:
+    if config.scale_embedding:
         x = x * math.sqrt(x.shape[-1])
-    for index in range(num_layers):
+    for index in range(config.num_layers):
         prefix = f"decoder.layers.{index}."
         layer = {n.removeprefix(prefix): v for n, v in p.items() if n.startswith(prefix)}
-        x = block(x, layer, own, heads, swiglu, eps, rotary_base)
+        x = block(x, layer, config)
     x = timestep_norm(
         x,
         p["decoder.final_layernorm.weight"],
         p["decoder.final_layernorm.bias"],
-        own.norm_num_groups,
-        eps,
+        config.norm_num_groups,
+        config.norm_eps,
     )
     return x @ p.get("output_layer.weight", embedding).T

@@ -72,10 +72,3 @@ def straight_line_parameters(parameters):
                 joined[f"mixer.{names.get(module, module)}.{rest}"] = value
         renamed |= {f"decoder.layers.{index}.{name}": value for name, value in joined.items()}
     return renamed
-
-
-def relative(actual, expected):
-    """Largest difference over the largest expected magnitude."""
-    assert actual.shape == expected.shape
-    scale = expected.detach().abs().max().clamp_min(1e-30)
-    return ((actual.detach().double() - expected.detach()).abs().max() / scale).item()

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from hf_models import build, relative
+from hf_models import build
+
+from comparing import error
 
 LENGTHS = (75, 3, 150)
 
@@ -18,7 +20,7 @@ def test_an_exported_model_takes_any_length():
         for length in LENGTHS:
             tokens = torch.randint(64, (2, length))
             expected = model(tokens, use_cache=False).logits.double()
-            assert relative(program(tokens, use_cache=False).logits, expected) < 1e-5
+            assert error(program(tokens, use_cache=False).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -31,10 +33,10 @@ def test_a_compiled_model_has_one_graph(use_cache):
             tokens = torch.randint(64, (2, length + 1))
             expected = model(tokens, use_cache=False).logits.double()
             actual = compiled(tokens[:, :-1], use_cache=use_cache)
-            assert relative(actual.logits, expected[:, :-1]) < 1e-5
+            assert error(actual.logits, expected[:, :-1]) < 1e-5
             if use_cache:
                 after = model(tokens[:, -1:], past_key_values=actual.past_key_values)
-                assert relative(after.logits, expected[:, -1:]) < 1e-5
+                assert error(after.logits, expected[:, -1:]) < 1e-5
 
 
 @pytest.mark.slow
@@ -48,7 +50,7 @@ def test_a_compiled_model_takes_padding_without_a_cache():
             mask[0, : length // 3] = 0
             expected = model(tokens, attention_mask=mask, use_cache=False).logits.double()
             actual = compiled(tokens, attention_mask=mask, use_cache=False).logits
-            assert relative(actual, expected) < 1e-5
+            assert error(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -110,4 +112,4 @@ def test_a_compiled_model_trains():
     expected = torch.autograd.grad(model(tokens, labels=tokens).loss, parameters)
     actual = torch.autograd.grad(compiled(tokens, labels=tokens).loss, parameters)
     for a, b in zip(actual, expected, strict=True):
-        assert relative(a, b.double()) < 1e-4
+        assert error(a, b.double()) < 1e-4

@@ -4,11 +4,13 @@ import itertools
 
 import pytest
 import torch
-from hf_models import LAYERS, SHAPES, build, relative, straight_line_parameters
+from hf_models import SHAPES, build, straight_line_parameters
 from megalodon_mcore.kernels.cema.naive import cema_naive
 from megalodon_mcore.kernels.timestep_norm import timestep_norm_naive
 
 import straight_line
+from comparing import error
+from megalodon_mcore.config import config_from
 from megalodon_mcore.hf import modeling_megalodon as modeling
 
 
@@ -20,7 +22,6 @@ def whole_span(model, like, cached):
 
 def by_equations(model, tokens, upstream, dtype):
     """Logits and every parameter's gradient, from the equations in `dtype`."""
-    config = model.config
     parameters = {
         name: parameter.detach().to(dtype, copy=True).requires_grad_()
         for name, parameter in model.named_parameters()
@@ -28,12 +29,7 @@ def by_equations(model, tokens, upstream, dtype):
     logits = straight_line.model(
         tokens,
         straight_line_parameters(parameters),
-        config,
-        LAYERS,
-        config.num_attention_heads,
-        config.swiglu,
-        config.norm_eps,
-        config.rope_theta,
+        config_from(model.config.to_dict(), "hf", "the model"),
     )
     logits.backward(upstream.to(dtype))
     return {"logits": logits.detach()} | {n: p.grad for n, p in parameters.items()}
@@ -57,15 +53,15 @@ def test_logits_and_every_gradient_follow_the_equations(name, batch, length):
 
     actual = by_model(model, tokens, upstream)
     assert actual.keys() == expected.keys()
-    assert relative(actual["logits"], expected["logits"]) < 1e-5
+    assert error(actual["logits"], expected["logits"]) < 1e-5
     # What float32 loses on the same equations is what the arithmetic earns: more than 1e-5 only in
     # the configuration whose TimestepNorm has groups of one channel, and divides by sqrt(eps).
-    earned = max(relative(in_float32[part], expected[part]) for part in expected)
+    earned = max(error(in_float32[part], expected[part]) for part in expected)
     for part, value in actual.items():
-        assert relative(value, expected[part]) < max(1e-5, 3 * earned), part
+        assert error(value, expected[part]) < max(1e-5, 3 * earned), part
 
     for part, value in by_model(model.double(), tokens, upstream).items():
-        assert relative(value, expected[part]) < 1e-11, part
+        assert error(value, expected[part]) < 1e-11, part
 
 
 @pytest.mark.parametrize("data", ["large mean", "outlier first", "drift"])
@@ -88,13 +84,13 @@ def test_timestep_norm_keeps_its_digits(data):
     expected, state = timestep_norm_naive(
         wide, norm.weight, norm.bias, 2, model.config.norm_eps, return_state=True
     )
-    assert relative(y, expected) < 3e-6
+    assert error(y, expected) < 3e-6
     assert ((mean - state.mean).abs() / state.var.sqrt()).max().item() < 3e-6
-    assert relative(var, state.var) < 3e-6
+    assert error(var, state.var) < 3e-6
     upstream = torch.randn_like(x)
     (actual,) = torch.autograd.grad(y, x, upstream)
     (gradient,) = torch.autograd.grad(expected, wide, upstream.double())
-    assert relative(actual, gradient) < 1e-5
+    assert error(actual, gradient) < 1e-5
 
 
 @pytest.mark.parametrize("length", [3, 64, 65, 300])
@@ -116,14 +112,14 @@ def test_cema_at_extreme_decays_and_phases(length):
     leaves = (x, *parameters)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y_expected, after_expected = cema_naive(*wide, state)
-    assert relative(y, y_expected) < 3e-6
+    assert error(y, y_expected) < 3e-6
     scale = after_expected.abs().max()
     assert ((after - after_expected).abs().max() / scale).item() < 3e-6
     upstream = torch.randn_like(x)
     actual = torch.autograd.grad((y * upstream).sum() + after.real.sum(), leaves)
     total = (y_expected * upstream).sum() + after_expected.real.sum()
     for value, expected in zip(actual, torch.autograd.grad(total, wide), strict=True):
-        assert relative(value, expected) < 1e-5
+        assert error(value, expected) < 1e-5
 
 
 def test_cema_makes_nothing_of_size_channels_times_ndim_times_length():
@@ -148,4 +144,4 @@ def test_every_combination_of_options(heads, flags):
     tokens = torch.randint(64, (1, 37))
     expected = by_equations(model, tokens, torch.zeros(1, 37, 64), torch.float64)["logits"]
     with torch.no_grad():
-        assert relative(model(tokens).logits, expected) < 1e-5
+        assert error(model(tokens).logits, expected) < 1e-5

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
-from hf_models import SHAPES, build, relative
+from hf_models import SHAPES, build
+
+from comparing import error
 
 GREEDY = dict(do_sample=False)
 
@@ -39,7 +41,7 @@ def test_greedy_with_and_without_a_cache_across_chunks(name):
             **options,
         )
         assert torch.equal(actual.sequences, expected), options
-        assert relative(torch.stack(actual.logits, dim=1), logits) < 1e-5, options
+        assert error(torch.stack(actual.logits, dim=1), logits) < 1e-5, options
 
 
 def test_a_left_padded_batch_generates_what_its_rows_do_alone():
@@ -92,7 +94,7 @@ def test_beams_reorder_the_cache():
     with_cache = model.generate(tokens, **options)
     without = model.generate(tokens, use_cache=False, **options)
     assert torch.equal(with_cache.sequences, without.sequences)
-    assert relative(with_cache.sequences_scores, without.sequences_scores.double()) < 1e-5
+    assert error(with_cache.sequences_scores, without.sequences_scores.double()) < 1e-5
 
 
 def test_as_many_beams_as_tokens_find_the_best_continuation_of_two():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hf_models import SHAPES, build, relative
+from hf_models import SHAPES, build
 
+from comparing import error
 from megalodon_mcore.hf import modeling_megalodon as modeling
 
 ROWS = ("mean", "var", "cema", "keys", "values")
@@ -55,7 +56,7 @@ def test_values_and_gradients_of_training(both_ways, name, length, padded):
     ours, own, calls = both_ways(step)
     assert {"timestep_norm", "cema", "query_key", "chunked_attention"} == set(calls)
     for a, b in zip(ours, own, strict=True):
-        assert relative(a, b) < 1e-9
+        assert error(a, b) < 1e-9
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -81,4 +82,4 @@ def test_values_and_states_of_pieces(both_ways, name, cuts):
 
     ours, own, _ = both_ways(read)
     for a, b in zip(ours, own, strict=True):
-        assert not a.numel() or relative(a, b.double()) < 2e-5
+        assert not a.numel() or error(a, b.double()) < 2e-5

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from hf_models import SHAPES, build, relative
+from hf_models import SHAPES, build
 
+from comparing import error
 from megalodon_mcore.hf import MegalodonCache
 
 TOLERANCE = 1e-5
@@ -44,7 +45,7 @@ def test_pieces_equal_the_whole(name, cuts):
             cache = output.past_key_values
             pieces.append(output.logits)
             assert cache_bytes(cache) <= cache_bound(model, 3)
-    assert relative(torch.cat(pieces, dim=1), whole) < TOLERANCE
+    assert error(torch.cat(pieces, dim=1), whole) < TOLERANCE
     assert cache.get_seq_length() == 90
 
 
@@ -64,15 +65,15 @@ def test_a_long_input_is_cut_and_only_asked_for_columns_come_back(piece_length):
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits.double()
         output = model(tokens)
-        assert relative(output.logits, whole) < TOLERANCE
+        assert error(output.logits, whole) < TOLERANCE
         last = model(tokens, logits_to_keep=1)
-        assert relative(last.logits, whole[:, -1:]) < TOLERANCE
+        assert error(last.logits, whole[:, -1:]) < TOLERANCE
         some = model(tokens, logits_to_keep=torch.tensor([3, 40, 77])).logits
-        assert relative(some, whole[:, [3, 40, 77]]) < TOLERANCE
+        assert error(some, whole[:, [3, 40, 77]]) < TOLERANCE
         more = torch.randint(64, (2, 50))
         together = model(torch.cat([tokens, more], dim=1), use_cache=False).logits.double()
         after = model(more, past_key_values=last.past_key_values).logits
-    assert relative(after, together[:, 90:]) < TOLERANCE
+    assert error(after, together[:, 90:]) < TOLERANCE
 
 
 def test_memory_of_a_long_stream_does_not_grow():
@@ -101,7 +102,7 @@ def test_padded_rows_get_what_they_would_get_alone(name, side, use_cache):
     assert torch.equal(last, logits[:, -4:])
     for index, row in enumerate(rows):
         alone = model(row[None], use_cache=False).logits.double()
-        assert relative(logits[index][mask[index].bool()], alone[0]) < TOLERANCE
+        assert error(logits[index][mask[index].bool()], alone[0]) < TOLERANCE
         assert (logits[index][~mask[index].bool()] == 0).all()
 
 
@@ -128,7 +129,7 @@ def test_rows_at_different_places_in_their_chunks_go_on(name):
     assert cache.seen.tolist() == [sum(column) for column in zip(*turns, strict=True)]
     for index, sequence in enumerate(sequences):
         alone = model(torch.cat(sequence)[None], use_cache=False).logits.double()
-        assert relative(logits[index][masks[index].bool()], alone[0]) < TOLERANCE
+        assert error(logits[index][masks[index].bool()], alone[0]) < TOLERANCE
 
 
 def test_what_stands_in_the_padding_does_not_matter():
@@ -158,11 +159,11 @@ def test_selected_rows_of_the_cache_are_what_those_rows_alone_would_leave():
         one, other = (
             model(more, attention_mask=ones, past_key_values=c).logits for c in (cache, expected)
         )
-        assert relative(one, other.double()) < TOLERANCE
+        assert error(one, other.double()) < TOLERANCE
         twice.batch_repeat_interleave(2)
         assert twice.seen.tolist() == [30, 30, 11, 11, 21, 21]
         repeated = model(more.repeat_interleave(2, 0), past_key_values=twice).logits
-        assert relative(repeated[0::2], repeated[1::2].double()) < TOLERANCE
+        assert error(repeated[0::2], repeated[1::2].double()) < TOLERANCE
     cache.reset()
     with torch.no_grad():
         fresh = model(more, past_key_values=cache).logits
@@ -183,7 +184,7 @@ def test_gradients_go_through_the_cache(name):
         pieces.append(model(piece, past_key_values=cache).logits)
     cut = torch.autograd.grad((torch.cat(pieces, dim=1) * upstream).sum(), parameters)
     for actual, expected in zip(cut, whole, strict=True):
-        assert relative(actual, expected) < 1e-10
+        assert error(actual, expected) < 1e-10
 
 
 def test_gradients_of_a_padded_batch_are_the_rows_gradients():
@@ -201,7 +202,7 @@ def test_gradients_of_a_padded_batch_are_the_rows_gradients():
         for sum_, part in zip(alone, torch.autograd.grad(total, parameters), strict=True):
             sum_ += part
     for actual, expected in zip(together, alone, strict=True):
-        assert relative(actual, expected) < 1e-11
+        assert error(actual, expected) < 1e-11
 
 
 def test_hidden_states():
@@ -216,7 +217,7 @@ def test_hidden_states():
         assert torch.equal(states[0][real], model.get_input_embeddings()(tokens)[real])
         alone = model.model(tokens[1:, 10:], output_hidden_states=True).hidden_states
     for ours, theirs in zip(states, alone, strict=True):
-        assert relative(ours[1:, 10:], theirs.double()) < TOLERANCE
+        assert error(ours[1:, 10:], theirs.double()) < TOLERANCE
 
 
 def test_refusals_name_what_is_wrong():

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hf_models import SHAPES, build, relative
+from hf_models import SHAPES, build
 
+from comparing import error
 from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM, modeling_megalodon
 
 # transformers 5.23 has a newer name for gradient checkpointing, which 5.12 lacks.
@@ -50,12 +51,12 @@ def test_loss_is_of_the_next_tokens_and_padding_to_the_right_is_harmless():
         logits = model(tokens).logits.log_softmax(-1)
     nll = -logits[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     picked = torch.cat([nll[0, :19], nll[1]])
-    assert relative(loss, picked.mean().double()) < 1e-6
+    assert error(loss, picked.mean().double()) < 1e-6
     scrambled = tokens.clone()
     scrambled[0, 20:] = torch.randint(64, (10,))
     _, actual = gradients(model, input_ids=scrambled, labels=labels)
     for a, b in zip(actual, expected, strict=True):
-        assert relative(a, b.double()) < 1e-5
+        assert error(a, b.double()) < 1e-5
 
 
 def test_trainer_lowers_the_loss(tmp_path):
@@ -103,7 +104,7 @@ def test_autocast_leaves_averages_and_statistics_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = model(tokens).logits
     assert types == {"cema": torch.float32, "timestep_norm": torch.float32, "wz": torch.bfloat16}
-    assert relative(actual, expected.double()) < 0.05
+    assert error(actual, expected.double()) < 0.05
 
 
 def test_each_dropout_is_where_the_equations_have_it(monkeypatch):
