@@ -118,9 +118,8 @@ def train(out: Path, prefix: Path, steps: int, name: str, arguments: list[str]) 
 
 def gradient_errors(checkpoint: Path, prefix: Path) -> dict[str, dict[str, tuple[float, float]]]:
     """By what is in FP8 and by recipe: the relative error of the gradient, the loss's increase."""
-    from megatron_model import load_model
-
     from megalodon_mcore.data.metadata import PreparedData
+    from megatron_model import load_model
 
     with contextlib.redirect_stdout(io.StringIO()):
         arguments = ("--megalodon-emulated-fp8", RECIPES[0])

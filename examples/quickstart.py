@@ -74,7 +74,7 @@ def main() -> None:
     from megalodon_mcore.conversion.mcore_checkpoint import open_mcore
     from megalodon_mcore.conversion.text import TextTokenizer
     from megalodon_mcore.data.metadata import PreparedData
-    from megalodon_mcore.data.ngram import ngram_losses_of_prepared_data
+    from ngram import ngram_losses_of_prepared_data
 
     baselines = ngram_losses_of_prepared_data(prefix)
     valid = PreparedData.load(prefix).datasets["valid"].prefix
