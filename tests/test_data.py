@@ -716,4 +716,3 @@ def test_ngram_losses_of_prepared_data(tmp_path, corpus):
     np.testing.assert_allclose([some.unigram, some.bigram], expected)
     assert losses.bigram < losses.unigram < np.log(VOCAB_SIZE)
     assert losses.tokens == prepared.datasets["valid"].tokens
-    assert losses.bytes == prepared.datasets["valid"].bytes
