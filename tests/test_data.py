@@ -680,10 +680,10 @@ def test_ngram_losses_equal_a_naive_loop(monkeypatch, eod_id, dense):
     rng = np.random.RandomState(3)
     train = [rng.randint(0, 5, size).astype(np.uint16) for size in (1, 40, 7, 0, 16, 33)]
     valid = [rng.randint(0, 7, size).astype(np.uint16) for size in (20, 1, 17)]
-    losses = ngram.unigram_and_bigram_loss(iter(train), iter(valid), 7, eod_id, valid_bytes=19)
+    losses = ngram.unigram_and_bigram_loss(iter(train), iter(valid), 7, eod_id)
     expected = _naive_losses([d.tolist() for d in train], [d.tolist() for d in valid], 7, eod_id)
     np.testing.assert_allclose([losses.unigram, losses.bigram], expected, rtol=1e-12)
-    assert losses.tokens == 38 and losses.bigram_per_byte == pytest.approx(losses.bigram * 2)
+    assert losses.tokens == 38
     with pytest.raises(ValueError, match="does not fit a vocabulary of 5"):
         ngram.unigram_and_bigram_loss(iter(train), iter(valid), 5, None)
 
@@ -716,5 +716,3 @@ def test_ngram_losses_of_prepared_data(tmp_path, corpus):
     np.testing.assert_allclose([some.unigram, some.bigram], expected)
     assert losses.bigram < losses.unigram < np.log(VOCAB_SIZE)
     assert losses.tokens == prepared.datasets["valid"].tokens
-    assert losses.bytes == prepared.datasets["valid"].bytes
-    assert losses.bigram_per_byte > losses.bigram

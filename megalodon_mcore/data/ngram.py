@@ -14,27 +14,14 @@ _DENSE_PAIRS = 1 << 24
 
 @dataclass(frozen=True)
 class NgramLosses:
-    """Cross-entropies in nats, and over how many tokens (and bytes of text) they were taken.
+    """Cross-entropies in nats per token, and over how many tokens they were taken.
 
-    The losses per token compare with the validation loss Megatron prints. Those per byte are the
-    same sums divided by the bytes of the text; for byte data the two differ only in that
-    end-of-document tokens are predicted but are no bytes.
+    They compare with the validation loss Megatron prints.
     """
 
     unigram: float
     bigram: float
     tokens: int
-    bytes: int | None = None
-
-    @property
-    def unigram_per_byte(self) -> float | None:
-        """Nats per byte of text under unigram counts, None if the bytes are unknown."""
-        return self.unigram * self.tokens / self.bytes if self.bytes else None
-
-    @property
-    def bigram_per_byte(self) -> float | None:
-        """Nats per byte of text under bigram counts, None if the bytes are unknown."""
-        return self.bigram * self.tokens / self.bytes if self.bytes else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +38,6 @@ def unigram_and_bigram_loss(
     valid_ids_iter: Iterable[np.ndarray],
     vocab_size: int,
     eod_id: int | None = None,
-    valid_bytes: int | None = None,
 ) -> NgramLosses:
     """Cross-entropy of validation documents under counts from training documents.
 
@@ -72,7 +58,6 @@ def unigram_and_bigram_loss(
         valid_ids_iter: the token ids of each validation document.
         vocab_size: ids are below this.
         eod_id: the end-of-document token.
-        valid_bytes: size of the validation text, for losses per byte.
     """
     train = _count(train_ids_iter, vocab_size, eod_id)
     valid = _count(valid_ids_iter, vocab_size, eod_id)
@@ -101,7 +86,6 @@ def unigram_and_bigram_loss(
         unigram=float((valid.unigrams * unigram_nats).sum() / tokens),
         bigram=float(bigram_total / tokens),
         tokens=tokens,
-        bytes=valid_bytes,
     )
 
 
@@ -110,7 +94,6 @@ def ngram_losses_of_prefixes(
     valid_prefixes: Iterable[str],
     vocab_size: int,
     eod_id: int | None = None,
-    valid_bytes: int | None = None,
 ) -> NgramLosses:
     """`unigram_and_bigram_loss` of Megatron indexed datasets, named by their prefixes."""
     return unigram_and_bigram_loss(
@@ -118,7 +101,6 @@ def ngram_losses_of_prefixes(
         (ids for prefix in valid_prefixes for ids in iterate_dataset(prefix)),
         vocab_size,
         eod_id,
-        valid_bytes,
     )
 
 
@@ -131,7 +113,7 @@ def ngram_losses_of_prepared_data(output_prefix: str | os.PathLike) -> NgramLoss
         )
     train, valid = prepared.datasets["train"], prepared.datasets["valid"]
     return ngram_losses_of_prefixes(
-        [train.prefix], [valid.prefix], prepared.vocab_size, prepared.eod_id, valid.bytes
+        [train.prefix], [valid.prefix], prepared.vocab_size, prepared.eod_id
     )
 
 

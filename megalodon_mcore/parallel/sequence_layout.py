@@ -28,11 +28,6 @@ class SequenceLayout:
 
     segments: tuple[tuple[Segment, ...], ...]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether a single rank holds everything."""
-        return len(self.segments) == 1
-
     def in_order(self) -> list[tuple[Segment, int, int]]:
         """Every segment with its rank and its place there, by position in the sequence."""
         return sorted(
