@@ -80,8 +80,18 @@ def tokenizer_of(
 def training_of(arguments: Namespace, iteration: int) -> dict[str, Any]:
     """What a model card says of the training."""
     names = (
-        *("seq_length", "global_batch_size", "optimizer", "lr", "min_lr", "lr_decay_style"),
-        *("lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed"),
+        "seq_length",
+        "global_batch_size",
+        "optimizer",
+        "lr",
+        "min_lr",
+        "lr_decay_style",
+        "lr_warmup_iters",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "clip_grad",
+        "seed",
     )
     facts = {name: getattr(arguments, name, None) for name in names}
     samples = getattr(arguments, "consumed_train_samples", None)

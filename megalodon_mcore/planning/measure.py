@@ -232,7 +232,7 @@ def measure_stage(
         length = layout.seq_length // layout.cp
         tokens = torch.zeros(batch, length, dtype=torch.int64, device=META)
         received = torch.zeros(
-            *(layout.residual_length, batch, config.hidden_size),
+            (layout.residual_length, batch, config.hidden_size),
             dtype=model.config.params_dtype,
             device=META,
             requires_grad=True,
