@@ -107,7 +107,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _refusal(name: str, original: Callable) -> Callable:
-    """What raises when called, and is a class where the original is one."""
+    """A stand-in that raises when called, and is a class where the original is one."""
 
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(f"{name} needs a real GPU: the CPU stand-in has nothing for it.")

@@ -25,7 +25,7 @@ PIECE = 1024
 COMPILED_FROM = 4096
 """Tokens from which compiling a step on a GPU takes less time than it saves."""
 LEAST_TEMPERATURE = 1e-6
-"""What a lower one is taken for: it picks the likeliest, and nothing overflows."""
+"""The value a lower one is taken for: it picks the likeliest, and nothing overflows."""
 WINDOW = 16
 """Tokens that text is decoded again from, since they may merge with what follows."""
 

@@ -226,7 +226,7 @@ def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[
 
 
 def weight_among_shares(num_tokens: Tensor) -> Tensor | float:
-    """What makes the mean of context-parallel ranks' mean losses the mean over all their tokens.
+    """The factor that makes the mean of context-parallel ranks' mean losses that over all tokens.
 
     Megatron divides each rank's loss by that rank's tokens, of which masks may leave fewer on one
     than on another; with --calculate-per-token-loss it divides by everybody's.

@@ -78,7 +78,7 @@ def tokenizer_of(
 
 
 def training_of(arguments: Namespace, iteration: int) -> dict[str, Any]:
-    """What a model card says of the training."""
+    """The facts of the training that a model card gives."""
     names = (
         "seq_length",
         "global_batch_size",
@@ -112,7 +112,7 @@ def arguments_for(
     divisible_by: int,
     tokenizer_place: Path | None,
 ) -> Namespace:
-    """What Megatron reads back under --use-checkpoint-args.
+    """The arguments that Megatron reads back under --use-checkpoint-args.
 
     Raises:
         ValueError: divisible_by is no positive number.

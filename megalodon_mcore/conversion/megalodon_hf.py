@@ -31,7 +31,7 @@ PORT_DIFFERS = (
     "megalodon-hf's TimestepNorm takes the variance of group means over time, Megalodon's that of "
     "all values; the weights are the same, the model's outputs are not. Train it on before use."
 )
-"""What its user is to know."""
+"""The warning to whoever converts a model of the port."""
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32_000,

@@ -929,7 +929,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def _real_steps(
         self, attention_mask: Tensor | None, length: int, decoding: bool
     ) -> Tensor | None:
-        """Which steps are no padding, bool [batch, length]; None if all are (where one may ask)."""
+        """Marks what is no padding, bool [batch, length]; None if all is (where one may ask)."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
@@ -1054,7 +1054,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: object
     ) -> None:
-        """What `generate` calls for a cache: Megalodon has one kind."""
+        """Makes the cache for `generate`, which calls this: Megalodon has one kind."""
         if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; Megalodon's "
@@ -1079,7 +1079,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config: MegalodonConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **_: object
     ) -> Tensor | None:
-        """What `generate` calls for a mask of queries and keys, where the cache is static: none."""
+        """Makes no mask of queries and keys; `generate` asks for it where the cache is static."""
         return attention_mask
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Which positions of a sequence each rank of a group holds; plain numbers, no process groups."""
+"""The positions of a sequence that each rank of a group holds; numbers, no process groups."""
 
 from __future__ import annotations
 
