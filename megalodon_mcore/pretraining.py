@@ -122,9 +122,9 @@ def say_why_training_ends(iteration: int, *_: Any, **__: Any) -> None:
 
 def keep_tokenizer(args: Namespace) -> None:
     """Puts the tokenizer beside the checkpoints that this run saves."""
-    place = Path(str(args.tokenizer_model))
-    if args.save and os.environ["RANK"] == "0" and args.tokenizer_model and place.exists():
-        checkpoint_tokenizer.keep_with_checkpoints(Path(args.save), place)
+    tokenizer = Path(str(args.tokenizer_model))
+    if args.save and os.environ["RANK"] == "0" and args.tokenizer_model and tokenizer.exists():
+        checkpoint_tokenizer.keep_with_checkpoints(Path(args.save), tokenizer)
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
