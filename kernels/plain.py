@@ -61,7 +61,7 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Compiled:
-    """Runs a function without autograd, compiled where `_pays` says so of a tensor."""
+    """Runs a function without autograd, compiled where `_pays_to_compile` says so of a tensor."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -74,7 +74,7 @@ class _Compiled:
     def __call__(self, like: Tensor, *args: Any) -> Any:
         global _compiler_works
         with torch.no_grad():
-            if _pays(like):
+            if _pays_to_compile(like):
                 try:
                     with _default_stance():
                         return self.compiled(*args)
@@ -84,8 +84,11 @@ class _Compiled:
             return self.function(*args)
 
 
-def _pays(x: Tensor) -> bool:
-    """A subclass, such as a fake tensor, has no memory, and prompts come in all lengths."""
+def _pays_to_compile(x: Tensor) -> bool:
+    """Whether compiling for a tensor is worth it.
+
+    A subclass, such as a fake tensor, has no memory, and prompts come in all lengths.
+    """
     return (
         _compiler_works
         and x.device.type == "cpu"

@@ -63,14 +63,14 @@ WITHOUT = {
     "recompute_granularity": "recompute_method recompute_num_layers recompute_modules",
     "megalodon_emulated_fp8": "megalodon_emulated_fp8_layers",
 }
-"""What has no effect without the argument that it stands below."""
+"""The arguments without effect unless the one that they stand below is given."""
 
 INSTEAD_OF = {
     "load": ("pretrained_checkpoint",),
     "save": ("non_persistent_local_ckpt_dir", "non_persistent_global_ckpt_dir"),
     "recompute_granularity": ("recompute_activations",),
 }
-"""What serves as well as that argument."""
+"""The arguments that serve as well as that one."""
 
 FOLDERS = ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir")
 """Where something is written."""
@@ -130,7 +130,7 @@ def _written(action: Action) -> str:
 
 
 def _out_of_range(name: str, value: object) -> str:
-    """What the value would have to be; empty where it fits or is no number."""
+    """Says what the value would have to be; empty where it fits or is no number."""
     numbers = value if isinstance(value, list) else [value]
     numbers = [z for z in numbers if isinstance(z, int | float) and not isinstance(z, bool)]
     for number in numbers:

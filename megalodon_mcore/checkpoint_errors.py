@@ -108,7 +108,7 @@ def _said(error: BaseException) -> str:
 
 
 def _damage_in(place: Path) -> str | None:
-    """What is wrong with a file of a torch_dist checkpoint; None where each can be read."""
+    """Says what is wrong with a file of a torch_dist checkpoint; None where each can be read."""
     from megatron.core.safe_globals import SAFE_GLOBALS
 
     from megalodon_mcore.conversion.mcore_checkpoint import COMMON

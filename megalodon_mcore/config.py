@@ -188,7 +188,7 @@ class MegalodonConfig:
         return {theirs: getattr(self, ours) for ours, theirs in names(form).items()}
 
     def own_values(self) -> dict[str, Any]:
-        """What Megatron has no argument for."""
+        """The values that Megatron has no argument for."""
         return {name: getattr(self, name) for name in OWN}
 
 

@@ -61,14 +61,16 @@ from megalodon_mcore.allocator import keep_freed_memory
 _CPU = torch.device("cpu")
 
 # What works over the names that are replaced, so it stays as it is.
-_UNCHANGED = {
-    *("StreamContext", "device", "device_of", "init", "is_initialized", "stream"),
-    *("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"),
-    *("initial_seed", "manual_seed", "manual_seed_all", "seed", "seed_all"),
-    *("get_device_capability", "get_device_name", "is_bf16_supported", "is_tf32_supported"),
-    *("memory_allocated", "memory_cached", "memory_reserved", "cudaStatus"),
-    *("max_memory_allocated", "max_memory_cached", "max_memory_reserved"),
-}
+_UNCHANGED = frozenset(
+    """
+    StreamContext device device_of init is_initialized stream
+    get_rng_state get_rng_state_all set_rng_state set_rng_state_all
+    initial_seed manual_seed manual_seed_all seed seed_all
+    get_device_capability get_device_name is_bf16_supported is_tf32_supported
+    memory_allocated memory_cached memory_reserved cudaStatus
+    max_memory_allocated max_memory_cached max_memory_reserved
+    """.split()
+)
 # Private, but Megatron's profiling options call them.
 _REFUSED_MEMORY = ("_dump_snapshot", "_record_memory_history", "_snapshot")
 
@@ -105,7 +107,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _refusal(name: str, original: Callable) -> Callable:
-    """What raises when called, and is a class where the original is one."""
+    """A stand-in that raises when called, and is a class where the original is one."""
 
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(f"{name} needs a real GPU: the CPU stand-in has nothing for it.")

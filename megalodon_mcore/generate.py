@@ -25,7 +25,9 @@ PIECE = 1024
 COMPILED_FROM = 4096
 """Tokens from which compiling a step on a GPU takes less time than it saves."""
 LEAST_TEMPERATURE = 1e-6
-"""What a lower one is taken for: it picks the likeliest, and nothing overflows."""
+"""The value a lower one is taken for: it picks the likeliest, and nothing overflows."""
+WINDOW = 16
+"""Tokens that text is decoded again from, since they may merge with what follows."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -295,12 +297,11 @@ class StreamedText:
     Args:
         tokenizer: turns ids into text.
         prompt_ids: what comes before.
-        window: tokens to look back.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: list[int], window: int = 16) -> None:
-        self.tokenizer, self.window = tokenizer, window
-        self.shown, self.held = list(prompt_ids[-window:]), ""
+    def __init__(self, tokenizer: Any, prompt_ids: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.shown, self.held = list(prompt_ids[-WINDOW:]), ""
 
     def add(self, token: int) -> str:
         """The text after this token that nothing changes any more; `held` is the rest."""
@@ -311,5 +312,5 @@ class StreamedText:
         final = added.rstrip(REPLACEMENT)
         final = added[: max(len(final), len(added) - 3)]
         self.held = added[len(final) :]
-        self.shown = self.shown[-self.window :]
+        self.shown = self.shown[-WINDOW:]
         return final

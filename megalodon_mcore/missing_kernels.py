@@ -1,4 +1,4 @@
-"""What is said where apex and Transformer Engine are missing: one line, and only where it matters.
+"""A note where apex and Transformer Engine are missing: one line, and only where it matters.
 
 Megatron's fall-backs, torch's AdamW and gradient clipping, do the same, more slowly. Of the rest
 that it warns about, GPT's norms and experts, a Megalodon has none.

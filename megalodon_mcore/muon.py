@@ -1,4 +1,4 @@
-"""What Muon orthogonalizes of Megalodon: each matrix of the linear layers alone.
+"""The matrices that Muon orthogonalizes: each one of Megalodon's linear layers alone.
 
 Megatron's Muon takes every two-dimensional parameter that is neither embedding nor output for one
 matrix. Layers say here where that is wrong: CEMA's omega and the affine of queries and keys are

@@ -1,4 +1,4 @@
-"""Which of Megatron's optimizers treat Megalodon's parameters right, and what each needs."""
+"""Megatron's optimizers that treat Megalodon's parameters right, and what each needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of every argument of Megatron's parser (0.19.2 and main of August 2026).
+"""The fate of every argument of Megatron's parser (0.19.2 and main of August 2026).
 
 Names are those of the parsed arguments: `num_layers` of --num-layers. An argument is honoured by
 Megatron's own code, honoured by Megalodon's, without effect on any result, or refused by a
@@ -236,7 +236,7 @@ REFUSED = {
         cuda_graph_modules
     """,
 }
-"""What asks for another model than Megalodon, by what it has instead: `Megalodon's ...`."""
+"""Arguments that ask for another model, by what Megalodon has instead: `Megalodon's ...`."""
 
 OTHER_PROGRAMS = """
     inference_cuda_graph_scope nccl_all_reduce_for_prefill inference_fuse_tp_communication
@@ -311,7 +311,7 @@ NOT_IN_PRETRAIN = {
         inprocess_active_world_size inprocess_empty_cuda_cache
     """,
 }
-"""What only another program honours or Megatron 0.19 itself loses, by what stands in the way."""
+"""Arguments that only another program honours or Megatron 0.19 loses, by what is in the way."""
 
 NO_DOCUMENTS = {
     "puts the bounds of documents into a mask that no Megalodon layer sees; "
@@ -322,11 +322,11 @@ NO_DOCUMENTS = {
         dataloader_inter_document_masking sft sft_tokenizer_prompt_format
     """,
 }
-"""What asks for documents to be kept apart, by what would become of them."""
+"""Arguments that ask for documents to be kept apart, by what would become of them."""
 
 
 def refusals() -> dict[str, str]:
-    """What follows an argument's name and value in its refusal, by the argument's name.
+    """The words after an argument's name and value in its refusal, by the argument's name.
 
     That of Megatron's programs; NOT_IN_PRETRAIN adds to them where `pretrain` parses.
     """
@@ -360,10 +360,10 @@ DERIVED = frozenset(
     inference_cuda_graph_scope mamba_inference_conv_states_dtype mamba_inference_ssm_states_dtype
     """.split()
 )
-"""What Megatron fills in itself once it has validated its arguments: no user's word."""
+"""Arguments that Megatron fills in itself once it has validated all: no user's word."""
 
 DERIVED_IN_CONFIG = DERIVED | {"cp_comm_type", "cuda_graph_modules", "embedding_init_method_std"}
-"""What Megatron's configuration fills in itself."""
+"""Fields that Megatron's configuration fills in itself."""
 
 
 def check_arguments(

@@ -20,7 +20,7 @@ from megalodon_mcore.checkpoint_errors import CheckpointError
 
 SCHEDULE = {"max_lr": "--lr", "min_lr": "--min-lr", "start_wd": "--start-weight-decay"}
 SCHEDULE["end_wd"] = "--end-weight-decay"
-"""What the schedule sets in a group, and the argument that it comes from."""
+"""The values that the schedule sets in a group, and the argument that each comes from."""
 
 
 class ScheduleMismatchError(CheckpointError):

@@ -42,7 +42,7 @@ class Row:
     """The axis that Megatron's tensor parallelism cuts; None where ranks have copies. The Z rows of
     an axis are cut by heads, which several ranks may share."""
     gradient: str = ""
-    """What ranks with copies see of its gradient: "positions", other ones under sequence
+    """The part of its gradient that ranks with copies see: "positions", other ones under sequence
     parallelism; "parts", of what they go on to compute; else all of it, or Megatron's own layer
     knows."""
     part: Part | None = None
@@ -144,7 +144,7 @@ LAYER_ROWS = (
         split=None, float32=True, gradient="positions", only="rescale_nffn",
     ),
 )  # fmt: skip
-"""What each layer has."""
+"""The parameters of each layer."""
 
 MODEL_ROWS = (
     Row(
@@ -158,7 +158,8 @@ MODEL_ROWS = (
         split=1, tp=0, only="not tied",
     ),
 )  # fmt: skip
-"""What a model has once. The released format has its output weight even where it is tied."""
+"""The parameters that a model has once. The released format has its output weight even where
+it is tied."""
 
 LINEAR_MODULES = tuple(
     dict.fromkeys(row.mcore.rpartition(".")[0] for row in LAYER_ROWS if not row.float32)

@@ -122,9 +122,9 @@ def say_why_training_ends(iteration: int, *_: Any, **__: Any) -> None:
 
 def keep_tokenizer(args: Namespace) -> None:
     """Puts the tokenizer beside the checkpoints that this run saves."""
-    place = Path(str(args.tokenizer_model))
-    if args.save and os.environ["RANK"] == "0" and args.tokenizer_model and place.exists():
-        checkpoint_tokenizer.keep_with_checkpoints(Path(args.save), place)
+    tokenizer = Path(str(args.tokenizer_model))
+    if args.save and os.environ["RANK"] == "0" and args.tokenizer_model and tokenizer.exists():
+        checkpoint_tokenizer.keep_with_checkpoints(Path(args.save), tokenizer)
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -226,7 +226,7 @@ def sum_losses(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[
 
 
 def weight_among_shares(num_tokens: Tensor) -> Tensor | float:
-    """What makes the mean of context-parallel ranks' mean losses the mean over all their tokens.
+    """The factor that makes the mean of context-parallel ranks' mean losses that over all tokens.
 
     Megatron divides each rank's loss by that rank's tokens, of which masks may leave fewer on one
     than on another; with --calculate-per-token-loss it divides by everybody's.

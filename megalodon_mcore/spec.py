@@ -73,7 +73,7 @@ class MegalodonSpec:
         model_config: Any,
         vp_stage: int | None = None,
     ) -> TransformerBlockSubmodules:
-        """What GPTModelBuilder calls with its GPTModelConfig."""
+        """Builds the layers' spec; GPTModelBuilder calls it with its GPTModelConfig."""
         return self.block_submodules(
             model_config.transformer,
             rotary_base=model_config.rotary_base,
@@ -321,7 +321,7 @@ megalodon_7_3b = MegalodonSpec(SIZES["7.3b"])
 megalodon_7b = MegalodonSpec(SIZES["7b-paper"])
 
 spec = megalodon
-"""What the one-word form `--spec megalodon_mcore.spec` means."""
+"""The spec that the one-word form `--spec megalodon_mcore.spec` means."""
 
 NAMES_BY_SIZE = {
     "200m": "megalodon_200m",

@@ -168,7 +168,7 @@ class _Cema(torch.autograd.Function):
         return_state,
         differentiable,
     ):
-        x, first = side_by_side(x), _pairs(state)
+        x, first = side_by_side(x), _as_real(state)
         cut = Cut.of(x, p.shape[1])
         q = torch.view_as_real(torch.polar(log_magnitude.exp(), 2 * math.pi * turns))
         maps = (p, q, gamma.contiguous(), omega.contiguous())
@@ -187,7 +187,7 @@ class _Cema(torch.autograd.Function):
         ctx.cut, ctx.with_state = cut, state is not None
         if not return_state or not cut.tail:
             return y, whole
-        return y, _after(whole, x[:, -cut.tail :], p, log_magnitude, turns)
+        return y, _state_after_tail(whole, x[:, -cut.tail :], p, log_magnitude, turns)
 
     @staticmethod
     @once_differentiable
@@ -200,10 +200,10 @@ class _Cema(torch.autograd.Function):
                 given = (whole, x[:, -cut.tail :].float(), p, log_magnitude, turns)
                 leaves = [z.detach().requires_grad_() for z in given]
                 with torch.enable_grad():
-                    end = _after(*leaves)
+                    end = _state_after_tail(*leaves)
                 grad_end, tail, *through_end = torch.autograd.grad(end, leaves, grad_end)
                 tail = tail.contiguous()
-            end = _pairs(grad_end) if whole is not None else None
+            end = _as_real(grad_end) if whole is not None else None
             grad_x = torch.empty_like(x)
             grad_state = cut.states(x) if ctx.with_state else None
             shape = (cut.batch, cut.segments, cut.channels, 5 * cut.ndim + 1)
@@ -224,7 +224,9 @@ class _Cema(torch.autograd.Function):
         return grad_x, *grads, grad_gamma, grad_omega, grad_state, None, None
 
 
-def _after(state: Tensor, x: Tensor, p: Tensor, log_magnitude: Tensor, turns: Tensor) -> Tensor:
+def _state_after_tail(
+    state: Tensor, x: Tensor, p: Tensor, log_magnitude: Tensor, turns: Tensor
+) -> Tensor:
     """The state after the few steps x that fill no block."""
     exponents = torch.arange(x.shape[1], -1, -1, device=x.device)
     q = powers(log_magnitude, turns, exponents)
@@ -232,7 +234,7 @@ def _after(state: Tensor, x: Tensor, p: Tensor, log_magnitude: Tensor, turns: Te
     return q[:, 0] * state + torch.einsum("btd,dtn->bdn", x.to(q.dtype), write)
 
 
-def _pairs(state: Tensor | None) -> Tensor | None:
+def _as_real(state: Tensor | None) -> Tensor | None:
     """Complex [...] as contiguous float32 [..., 2]."""
     return None if state is None else torch.view_as_real(state.resolve_conj().contiguous())
 

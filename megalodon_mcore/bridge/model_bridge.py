@@ -1,4 +1,4 @@
-"""What Bridge asks of a model: its provider from a configuration, and where every tensor goes.
+"""Answers to Bridge about a model: its provider from a configuration, where every tensor goes.
 
 The tensors are those of `megalodon_mcore.parameters`.
 """

@@ -48,7 +48,7 @@ class _SplitMapping(MegatronParamMapping):
 
     @abstractmethod
     def split(self, hf_weights: Tensor | dict[str, Tensor]) -> list[Tensor]:
-        """What each rank of the tensor-parallel group holds."""
+        """The part of each rank of the tensor-parallel group."""
 
     @abstractmethod
     def join(self, shards: list[Tensor]) -> dict[str, Tensor]:

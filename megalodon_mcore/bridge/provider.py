@@ -39,7 +39,7 @@ OwnValues = dataclasses.make_dataclass(
 def megalodon_block_spec(
     config: MegalodonModelProvider, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """What the provider calls for the layers of one pipeline stage."""
+    """Builds the layers' spec of one pipeline stage; the provider calls it."""
     groups = config._pg_collection
     return config.megalodon_spec().block_submodules(
         config,
@@ -144,7 +144,7 @@ class MegalodonModelProvider(OwnValues, GPTModelProvider):
         return getattr(self, name) != own
 
     def _get_num_floating_point_operations(self, batch_size: int) -> float:
-        """What Bridge logs TFLOP/s by."""
+        """The operations of a batch, by which Bridge logs TFLOP/s."""
         flops = training_flops_per_token(self.config(), self.seq_length)
         return flops * batch_size * self.seq_length
 

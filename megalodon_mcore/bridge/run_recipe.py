@@ -41,7 +41,7 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def describe(name: str, cfg: ConfigContainer) -> str:
-    """What a run is about, in a few lines."""
+    """Summarizes a run in a few lines."""
     model, train = cfg.model, cfg.train
     sizes = f"TP {model.tensor_model_parallel_size} PP {model.pipeline_model_parallel_size} "
     sizes += f"CP {model.context_parallel_size}"

@@ -171,7 +171,10 @@ def parse_size(text: str) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Iterable[Parameter]], Iterable[Parameter]]]:
-    """What draws a bar on standard error; the line is finished however the loop ends."""
+    """Gives a wrapper of a loop that draws a bar on standard error.
+
+    Its line is finished however the loop ends.
+    """
     from tqdm import tqdm
 
     with ExitStack() as bars:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or else its name, without a full stop."""
+    """The first line of an error's text, or else its name, without a full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -78,10 +78,20 @@ def tokenizer_of(
 
 
 def training_of(arguments: Namespace, iteration: int) -> dict[str, Any]:
-    """What a model card says of the training."""
+    """The facts of the training that a model card gives."""
     names = (
-        *("seq_length", "global_batch_size", "optimizer", "lr", "min_lr", "lr_decay_style"),
-        *("lr_warmup_iters", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "seed"),
+        "seq_length",
+        "global_batch_size",
+        "optimizer",
+        "lr",
+        "min_lr",
+        "lr_decay_style",
+        "lr_warmup_iters",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "clip_grad",
+        "seed",
     )
     facts = {name: getattr(arguments, name, None) for name in names}
     samples = getattr(arguments, "consumed_train_samples", None)
@@ -102,7 +112,7 @@ def arguments_for(
     divisible_by: int,
     tokenizer_place: Path | None,
 ) -> Namespace:
-    """What Megatron reads back under --use-checkpoint-args.
+    """The arguments that Megatron reads back under --use-checkpoint-args.
 
     Raises:
         ValueError: divisible_by is no positive number.

@@ -58,28 +58,28 @@ def open_mcore(
         FileNotFoundError: there is no finished checkpoint.
         ValueError: it is damaged, would run code, or is not Megalodon's.
     """
-    place = checkpoint_folder(folder, iteration)
-    if not (place / ".metadata").is_file() and any(place.glob("mp_rank_*/*.pt")):
+    checkpoint = checkpoint_folder(folder, iteration)
+    if not (checkpoint / ".metadata").is_file() and any(checkpoint.glob("mp_rank_*/*.pt")):
         raise ValueError(
-            f"{place} is of --ckpt-format torch and convert reads torch_dist; training's arguments "
-            f"with --load {folder} --ckpt-convert-format torch_dist --ckpt-convert-save FOLDER "
-            "make one."
+            f"{checkpoint} is of --ckpt-format torch and convert reads torch_dist; training's "
+            f"arguments with --load {folder} --ckpt-convert-format torch_dist "
+            "--ckpt-convert-save FOLDER make one."
         )
-    reader = TorchDistReader(place)
+    reader = TorchDistReader(checkpoint)
     common = _common_state(reader)
     arguments = common["args"]
     embedding = reader.shape(EMBEDDING)
     if embedding is None:
         raise ValueError(
-            f"{place} has no {EMBEDDING}; convert reads Megalodon's checkpoints of --ckpt-format "
-            "torch_dist."
+            f"{checkpoint} has no {EMBEDDING}; convert reads Megalodon's checkpoints of "
+            "--ckpt-format torch_dist."
         )
     found, true_vocab_size = tokenizer_of(
-        arguments, place.absolute().parent, embedding[0], tokenizer, vocab_size
+        arguments, checkpoint.absolute().parent, embedding[0], tokenizer, vocab_size
     )
-    config = config_from_arguments(arguments, true_vocab_size, str(place))
+    config = config_from_arguments(arguments, true_vocab_size, str(checkpoint))
     model = OpenModel(
-        place,
+        checkpoint,
         config,
         dtype_of(arguments),
         lambda parameter: _fetch(reader, parameter, config),

@@ -31,7 +31,7 @@ PORT_DIFFERS = (
     "megalodon-hf's TimestepNorm takes the variance of group means over time, Megalodon's that of "
     "all values; the weights are the same, the model's outputs are not. Train it on before use."
 )
-"""What its user is to know."""
+"""The warning to whoever converts a model of the port."""
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32_000,
@@ -83,7 +83,7 @@ def open_megalodon_hf(folder: Path) -> OpenModel:
         tensors.read("lm_head.weight"), tensors.read("model.embed.weight")
     )
     config = config_from(values, "released", origin)
-    _check_names(tensors, config, values, folder)
+    _check_names(tensors, config, folder)
     dtype = tensors.read("model.embed.weight").dtype
     named = {torch.bfloat16, torch.float16}
     tokenizer = open_tokenizer(folder)
@@ -144,9 +144,7 @@ def _fetch(
     return tensor
 
 
-def _check_names(
-    tensors: TensorFolder, config: MegalodonConfig, values: dict[str, Any], folder: Path
-) -> None:
+def _check_names(tensors: TensorFolder, config: MegalodonConfig, folder: Path) -> None:
     known = {"lm_head.weight"}
     for parameter in parameters(config):
         name = _name(parameter)

@@ -16,7 +16,7 @@ from megalodon_mcore.parameters import Parameter
 
 
 class Tokenizer(NamedTuple):
-    """What turned text into this model's tokens.
+    """The tokenizer that made this model's tokens of text.
 
     kind is Megatron's --tokenizer-type. files are the tokenizer's own, none where it has none.
     """
@@ -72,7 +72,7 @@ class OpenModel:
         return tensor.to(torch.float32 if parameter.float32 else dtype or self.dtype)
 
     def written_dtype(self, parameter: Parameter, dtype: torch.dtype | None) -> torch.dtype:
-        """What `read` returns it in."""
+        """The dtype that `read` returns it in."""
         return torch.float32 if parameter.float32 else dtype or self.dtype
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MARKS = ("config.json", "consolidate_config.json", "latest_checkpointed_iteration.txt")
-"""What a folder has one of that --overwrite may replace."""
+"""The files that mark a model's folder: --overwrite may replace one that has any."""
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def safe_load(
     safe_globals: list[Any],
     mmap: bool = False,
 ) -> Any:
-    """What torch.save wrote, made of tensors, plain types and these classes.
+    """Loads what torch.save wrote, made of tensors, plain types and these classes.
 
     Raises:
         ValueError: the file is damaged, or its pickle names anything else.

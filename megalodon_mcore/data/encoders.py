@@ -35,7 +35,7 @@ _BATCHES_IN_FLIGHT = 4
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer, in the words of Megatron's --tokenizer-type and --tokenizer-model."""
+    """A tokenizer in the words of Megatron's --tokenizer-type and --tokenizer-model."""
 
     tokenizer_type: str
     tokenizer_model: Path

@@ -1,4 +1,4 @@
-"""What `prepare-data` tells later commands: the sidecar file beside the datasets."""
+"""The sidecar file beside the datasets, by which `prepare-data` tells later commands of them."""
 
 import json
 import os

@@ -10,7 +10,7 @@ _BLOCK = 1_000_000
 
 
 class Punkt(Protocol):
-    """What is used of `nltk.tokenize.punkt.PunktSentenceTokenizer`."""
+    """The part of `nltk.tokenize.punkt.PunktSentenceTokenizer` that is used."""
 
     def span_tokenize(self, text: str) -> Iterable[tuple[int, int]]:
         """Where each sentence starts and stops."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 DEFAULT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz")
-"""What is read in a folder. Not .json: a folder's .json files are mostly settings."""
+"""Files read in a folder. Not .json: a folder's .json files are mostly settings."""
 
 JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 """Files read as JSON lines; every other file is read as text."""

@@ -1,4 +1,4 @@
-"""What training, validation and test find in Megatron's indexed datasets, before anything is built.
+"""Finds what training, validation and test have in indexed datasets, before anything is built.
 
 Megatron's GPTDataset repeats its documents until they make the samples that are asked for, of an
 empty split for ever.

@@ -1,4 +1,4 @@
-"""Which documents go to training, validation and test."""
+"""Deals documents out to training, validation and test."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -86,15 +86,15 @@ class MegalodonCache(Cache):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         for norm in [*(layer.timestep_norm for layer in model.layers), model.norm]:
-            place, zeros = norm.weight.device, torch.zeros
-            place = device if place.type == "meta" else place
-            statistics = (zeros(batch, norm.num_groups, dtype=torch.float64, device=place),) * 2
+            target, zeros = norm.weight.device, torch.zeros
+            target = device if target.type == "meta" else target
+            statistics = (zeros(batch, norm.num_groups, dtype=torch.float64, device=target),) * 2
             self.states.append({"mean": statistics[0], "var": statistics[1].clone()})
             if norm is not model.norm:
                 shape = (batch, config.hidden_size, config.cema_ndim, 2)
-                averages = zeros(shape, dtype=at_least_float32(like).dtype, device=place)
+                averages = zeros(shape, dtype=at_least_float32(like).dtype, device=target)
                 keys, values = (
-                    zeros(batch, heads, chunk, width // heads, dtype=dtype, device=place)
+                    zeros(batch, heads, chunk, width // heads, dtype=dtype, device=target)
                     for width in (config.z_dim, config.value_dim)
                 )
                 self.states[-1] |= {"cema": averages, "keys": keys, "values": values}
@@ -126,7 +126,7 @@ class MegalodonCache(Cache):
         for state in self.states:
             for name in ROWS & state.keys():
                 rows = state[name].index_select(0, indices.to(state[name].device))
-                update(state, name, rows)
+                set_state(state, name, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follows beam search."""
@@ -154,7 +154,7 @@ class MegalodonCache(Cache):
 ROWS = {"mean", "var", "cema", "keys", "values"}
 
 
-def update(state: dict, name: str, value: Tensor) -> None:
+def set_state(state: dict, name: str, value: Tensor) -> None:
     """Puts a tensor in a state, in its place unless gradients go through either."""
     if state[name].shape == value.shape and in_place(state[name]):
         state[name].copy_(value)
@@ -230,7 +230,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def after(steps: Tensor, lengths: Tensor) -> Tensor:
+def at_row_ends(steps: Tensor, lengths: Tensor) -> Tensor:
     """steps[b, lengths[b]] of [batch, length + 1, ...]: what holds after a row's last step."""
     return steps[torch.arange(len(steps), device=steps.device), lengths]
 
@@ -305,7 +305,7 @@ class TimestepNorm(Float32Module):
         if state is not None:
             for name, now in (("mean", mean), ("var", var)):
                 steps = torch.cat([state[name][:, None], now], dim=1)
-                update(state, name, after(steps, span.lengths))
+                set_state(state, name, at_row_ends(steps, span.lengths))
         return torch.addcmul(self.bias, normed, self.weight + 1).to(x.dtype)
 
     def _step(self, x: Tensor, span: Span, state: dict) -> Tensor:
@@ -317,8 +317,8 @@ class TimestepNorm(Float32Module):
         off = step_mean - state["mean"]
         mean = torch.addcmul(state["mean"], off, share)
         var = state["var"].lerp(torch.addcmul(step_var, off * (1 - share), off), share)
-        update(state, "mean", mean)
-        update(state, "var", var)
+        set_state(state, "mean", mean)
+        set_state(state, "var", var)
         normed = (groups - mean[..., None]) * (var + self.eps).rsqrt()[..., None]
         normed = normed.flatten(1).to(self.bias.dtype)
         return torch.addcmul(self.bias, normed, self.weight + 1).to(x.dtype)
@@ -334,8 +334,8 @@ class TimestepNorm(Float32Module):
             mean, var = own.timestep_statistics(x, self.num_groups)
             share = x.shape[1] / (span.offset + x.shape[1])
             off = mean - state["mean"]
-            update(state, "var", state["var"].lerp(var + (1 - share) * off.square(), share))
-            update(state, "mean", state["mean"] + share * off)
+            set_state(state, "var", state["var"].lerp(var + (1 - share) * off.square(), share))
+            set_state(state, "mean", state["mean"] + share * off)
         return y
 
 
@@ -454,7 +454,7 @@ class ComplexEMA(Float32Module):
                 h = h if span.offset else None
                 y, h = kernels.cema.cema(x, *weights, h, return_state=state is not None)
             if state is not None:
-                update(state, "cema", torch.view_as_real(h))
+                set_state(state, "cema", torch.view_as_real(h))
             return y.to(x.dtype)
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -488,7 +488,7 @@ class ComplexEMA(Float32Module):
         before = state["cema"]
         h = (before * real).addcmul(before.flip(-1), imaginary).to(before.dtype)
         h = h.addcmul(drive, x[..., None, None])
-        update(state, "cema", torch.where(span.lengths[:, None, None, None] > 0, h, before))
+        set_state(state, "cema", torch.where(span.lengths[:, None, None, None] > 0, h, before))
         return torch.addcmul((h * readout).flatten(2).sum(-1), self.omega[:, 0], x)
 
     def _block_scan(self, x: Tensor, span: Span, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -544,7 +544,7 @@ class ComplexEMA(Float32Module):
         own = source >= (block * size)[:, None]
         last = x[torch.arange(batch, device=x.device)[:, None], source.clamp_min(0)]
         last = torch.where(own[..., None], last, 0).permute(2, 0, 1)
-        h = powers[:, steps].transpose(0, 1) * after(states, block)
+        h = powers[:, steps].transpose(0, 1) * at_row_ends(states, block)
         return y, h + as_complex(torch.bmm(last, write)).transpose(0, 1)
 
 
@@ -647,7 +647,7 @@ def attention(
         old, source = (source < 0)[:, None, :, None], source.clamp(0, q.shape[1] - 1)
         for name, new in (("keys", k), ("values", v)):
             new = new.take_along_dim(source[:, :, None, None], dim=1).transpose(1, 2)
-            update(state, name, torch.where(old, state[name], new.to(state[name].dtype)))
+            set_state(state, name, torch.where(old, state[name], new.to(state[name].dtype)))
     return out
 
 
@@ -929,7 +929,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
     def _real_steps(
         self, attention_mask: Tensor | None, length: int, decoding: bool
     ) -> Tensor | None:
-        """Which steps are no padding, bool [batch, length]; None if all are (where one may ask)."""
+        """Marks what is no padding, bool [batch, length]; None if all is (where one may ask)."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
@@ -1054,7 +1054,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: object
     ) -> None:
-        """What `generate` calls for a cache: Megalodon has one kind."""
+        """Makes the cache for `generate`, which calls this: Megalodon has one kind."""
         if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation is {generation_config.cache_implementation!r}; Megalodon's "
@@ -1079,7 +1079,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config: MegalodonConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, **_: object
     ) -> Tensor | None:
-        """What `generate` calls for a mask of queries and keys, where the cache is static: none."""
+        """Makes no mask of queries and keys; `generate` asks for it where the cache is static."""
         return attention_mask
 
     def generate_batch(self, *args: object, **kwargs: object) -> None:

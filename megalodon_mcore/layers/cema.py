@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, powers
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
-from megalodon_mcore.layers.initialization import initialize_
+from megalodon_mcore.layers.initialization import fill_cema_parameter
 from megalodon_mcore.parallel.sequence_layout import Segment
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
 from megalodon_mcore.parameters import LAYER_ROWS, Row
@@ -45,7 +45,7 @@ class ComplexEMA(Float32Module):
             if initialize:
                 # Of all channels, since the frequencies are dealt out among them.
                 values = torch.empty(whole, device=device)
-                initialize_(values, row)
+                fill_cema_parameter(values, row)
                 with torch.no_grad():
                     parameter.copy_(values.chunk(shares)[share])
 
@@ -62,14 +62,14 @@ class ComplexEMA(Float32Module):
         """
         if shards is None:
             return self._average(hidden_states, False)[0]
-        segments = [self._average(segment, True) for segment in shards.split(hidden_states)]
-        states = shards.gather([torch.view_as_real(state) for _, state in segments])
+        parts = [self._average(part, True) for part in shards.split(hidden_states)]
+        states = shards.gather([torch.view_as_real(state) for _, state in parts])
         states = torch.view_as_complex(states)
         outputs = []
-        for place, (averages, _) in zip(shards.own, segments, strict=True):
-            incoming = self._incoming_state(shards, place, states)
+        for segment, (averages, _) in zip(shards.own, parts, strict=True):
+            incoming = self._incoming_state(shards, segment, states)
             response = cema_response(
-                incoming, self.alpha, self.delta, self.theta, self.gamma, place.length
+                incoming, self.alpha, self.delta, self.theta, self.gamma, segment.length
             )
             outputs.append(averages + response.transpose(0, 1).to(averages.dtype))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -75,7 +75,7 @@ def weight_initializer(name: str, config: MegalodonConfig, ranks: int = 1) -> In
 
 
 @torch.no_grad()
-def initialize_(parameter: Tensor, row: Row) -> None:
+def fill_cema_parameter(parameter: Tensor, row: Row) -> None:
     """Fills one of CEMA's parameters in place as its row of the table says; all channels of it."""
     if row.init == "decay":
         parameter.normal_(mean=0.0, std=0.2)

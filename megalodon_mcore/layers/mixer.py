@@ -183,7 +183,9 @@ class MegalodonMixer(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState | None = None
     ) -> Tensor:
         attended, _ = chunked_attention(
-            *(part.transpose(0, 1) for part in (query, key, value)),
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
             self.megalodon.chunk_size,
             state=state,
             dropout_p=self.config.attention_dropout if self.training else 0.0,

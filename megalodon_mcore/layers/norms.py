@@ -41,15 +41,15 @@ class TimestepNorm(Float32Module):
         """
         if shards is None:
             return self._normalize(hidden_states, None)
-        segments = shards.split(hidden_states)
+        parts = shards.split(hidden_states)
         statistics = [
-            torch.stack(timestep_statistics(segment.transpose(0, 1), self.num_groups))
-            for segment in segments
+            torch.stack(timestep_statistics(part.transpose(0, 1), self.num_groups))
+            for part in parts
         ]
         means, variances = shards.gather(statistics).unbind(1)
         normalized = [
-            self._normalize(segment, _merge(shards, place, means, variances))
-            for place, segment in zip(shards.own, segments, strict=True)
+            self._normalize(part, _merge(shards, segment, means, variances))
+            for segment, part in zip(shards.own, parts, strict=True)
         ]
         return torch.cat(normalized) if len(normalized) > 1 else normalized[0]
 

@@ -5,54 +5,13 @@ In a checkpoint every tensor is whole, so any layout can load what any other has
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 Offsets = tuple[tuple[int, int, int], ...]
 """Megatron's sharded_offsets: (axis, place, places) of axes put before the tensor's own."""
-
-
-class TensorShare(NamedTuple):
-    """Part `place` of `places` equal ones along `axis`; `replica` counts who holds the same."""
-
-    axis: int
-    place: int
-    places: int
-    replica: int
-
-
-def sharded_module(
-    module: torch.nn.Module,
-    prefix: str,
-    share: TensorShare,
-    offsets: Offsets,
-    metadata: dict | None,
-) -> dict[str, ShardedTensor]:
-    """Entries for all tensors of a module that are shared out alike, the extra state aside.
-
-    A tensor with no such axis (a bias beside a weight cut along axis 1) must not be among them.
-    """
-    group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
-    tensors = module.state_dict(keep_vars=True)
-    return {
-        f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-            f"{prefix}{name}",
-            tensor,
-            *offsets,
-            (share.axis + len(offsets), share.place, share.places),
-            replica_id=(0, share.replica, get_pg_rank(group)),
-            prepend_axis_num=len(offsets),
-        )
-        for name, tensor in tensors.items()
-        # Transformer Engine's is a tensor, of bytes.
-        if isinstance(tensor, Tensor) and not name.endswith("_extra_state")
-    }
 
 
 def column_parts_factory(

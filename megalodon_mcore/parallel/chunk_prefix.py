@@ -49,7 +49,7 @@ def with_chunk_prefixes(
 
 
 class _Plan:
-    """Which rows go where; every rank computes the same from the layout."""
+    """The rows that go from rank to rank; every rank computes the same from the layout."""
 
     def __init__(self, layout: SequenceLayout, rank: int, chunk_size: int) -> None:
         self.send_rows: list[Rows] = []

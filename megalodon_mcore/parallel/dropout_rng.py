@@ -1,4 +1,4 @@
-"""Which random numbers a dropout draws, so that ranks agree where they hold the same values.
+"""The random state a dropout draws from, so that ranks agree where they hold the same values.
 
 Under sequence parallelism Megatron's TransformerBlock runs its layers with the random state that
 differs between tensor-parallel ranks; otherwise with the one they have in common.

@@ -1,4 +1,4 @@
-"""What the table of parameters says of a module's parameters on this rank.
+"""Applies the table of parameters to a module's parameters on this rank.
 
 Megatron's own layers mark and save what they hold whole or cut along one axis. This adds what they
 do not know: channels, heads that ranks share, weights of several parts, gradients to be summed.

@@ -1,4 +1,4 @@
-"""Which positions of a sequence each rank of a group holds; plain numbers, no process groups."""
+"""The positions of a sequence that each rank of a group holds; numbers, no process groups."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ class SequenceLayout:
     """The segments of every rank of a group, in the order in which the rank holds them."""
 
     segments: tuple[tuple[Segment, ...], ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether a single rank holds everything."""
-        return len(self.segments) == 1
 
     def in_order(self) -> list[tuple[Segment, int, int]]:
         """Every segment with its rank and its place there, by position in the sequence."""

@@ -11,7 +11,7 @@ from megalodon_mcore.parallel.sequence_layout import Segment, SequenceLayout
 
 
 class SequenceShards:
-    """What this rank holds of a sequence that a group shares; tensors are [length, batch, ...]."""
+    """This rank's part of a sequence that a group shares; tensors are [length, batch, ...]."""
 
     def __init__(self, layout: SequenceLayout, group: ProcessGroup) -> None:
         self.layout = layout

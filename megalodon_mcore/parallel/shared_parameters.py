@@ -42,7 +42,7 @@ def mark_sequence_parallel(module: torch.nn.Module) -> None:
         parameter.sequence_parallel = True
 
 
-def mark_split(parameter: Parameter, axis: int, counts_here: bool = True) -> None:
+def mark_split(parameter: Parameter, axis: int, counts_here: bool) -> None:
     """Tells Megatron that ranks hold different parts, so that the gradient's norm adds them up.
 
     `counts_here` is false on all but one of the ranks that hold the same part.

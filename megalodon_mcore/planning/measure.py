@@ -1,4 +1,4 @@
-"""What a rank holds, keeps for backward and sends: counted while its share of the model runs."""
+"""Counts what a rank holds, keeps for backward and sends while its share of the model runs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class KeptBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Saved:
-    """What autograd holds in a tensor's place until it is done with it."""
+    """A token that autograd holds in a tensor's place until it is done with it."""
 
     def __init__(self, tensor: Tensor, count: KeptBytes) -> None:
         self.tensor, self.count = tensor, count
@@ -138,7 +138,7 @@ def _bytes(tensors: Tensor | list[Tensor]) -> int:
 
 @dataclass
 class Measured:
-    """What a rank holds, and of one micro-batch keeps and sends."""
+    """The sizes of what a rank holds, and of one micro-batch keeps and sends."""
 
     numbers: Counter = field(default_factory=Counter)
     """Parameters by dtype."""
@@ -232,7 +232,7 @@ def measure_stage(
         length = layout.seq_length // layout.cp
         tokens = torch.zeros(batch, length, dtype=torch.int64, device=META)
         received = torch.zeros(
-            *(layout.residual_length, batch, config.hidden_size),
+            (layout.residual_length, batch, config.hidden_size),
             dtype=model.config.params_dtype,
             device=META,
             requires_grad=True,

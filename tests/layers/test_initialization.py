@@ -7,7 +7,7 @@ import torch
 
 from building import build
 from megalodon_mcore.layers.cema import ComplexEMA
-from megalodon_mcore.layers.initialization import initialize_, projection_initializer
+from megalodon_mcore.layers.initialization import fill_cema_parameter, projection_initializer
 from megalodon_mcore.parameters import LAYER_ROWS
 
 D, Z, E, F = 96, 24, 320, 160
@@ -121,7 +121,7 @@ def test_cema_decays_and_output_weights():
 def test_cema_omega_is_cut_at_one():
     omega = torch.empty(400_000, 1)
     (row,) = (row for row in LAYER_ROWS if row.init == "direct")
-    initialize_(omega, row)
+    fill_cema_parameter(omega, row)
     assert_deviation(omega, 0.25)
     # Four deviations: 25 of these would lie beyond.
     assert 0.9 < omega.abs().max() <= 1.0

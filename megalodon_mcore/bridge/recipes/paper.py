@@ -1,4 +1,4 @@
-"""What all of the paper-size recipes share: the paper's optimizer, schedule and batch."""
+"""The common ground of the paper-size recipes: the paper's optimizer, schedule and batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS_PER_BATCH = 2**22
 """The paper's 4M."""
 
 TRAINING_TOKENS = 2 * 10**12
-"""What the paper trains its 7B on."""
+"""The tokens that the paper trains its 7B on."""
 
 
 def paper_config(
