@@ -25,6 +25,7 @@ class Model:
     dropout: float = 0.0
     bf16: bool = False
     optimizer: str = "adam"
+    clip_grad: float = 1.0
     vocab_size: int = 64
     sequence_length: int = 48
     global_batch: int = 4

@@ -137,7 +137,7 @@ def build_optimizer(model: Model, layout: Layout, chunks: list[nn.Module]) -> Me
             muon_fp32_matmul_prec="highest",
             lr=1e-3,
             weight_decay=0.1,
-            clip_grad=1.0,
+            clip_grad=model.clip_grad,
             bf16=model.bf16,
             params_dtype=torch.bfloat16 if model.bf16 else torch.float32,
             use_distributed_optimizer=layout.distributed_optimizer,
