@@ -6,7 +6,6 @@ import pytest
 
 from building import build
 from megalodon_mcore import pretrain_arguments
-from megalodon_mcore.config import MegalodonConfig
 from training.runs import TINY, launch, save_to, side_by_side, train
 
 DISTRIBUTED = "--use-distributed-optimizer"
@@ -78,7 +77,7 @@ def test_an_optimizer_on_the_cpu_takes_float32_parameters(megatron, bf16):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    model, _ = build(MegalodonConfig(chunk_size=8), bf16=bf16)
+    model, _ = build(dict(chunk_size=8), bf16=bf16)
     model = model.bfloat16() if bf16 else model
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     model = DistributedDataParallel(model.config, ddp, model)

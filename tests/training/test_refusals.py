@@ -7,10 +7,10 @@ import pytest
 from megatron.core.activations import squared_relu
 from torch.nn import functional as F
 
-from building import transformer_config
+from building import megalodon_config, transformer_config
 from megalodon_mcore import optimizer_check
-from megalodon_mcore.config import SIZES, MegalodonConfig
 from megalodon_mcore.optimizer_check import check_optimizer
+from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.spec import MegalodonSpec
 from megalodon_mcore.validation import (
     FP8_MULTIPLES,
@@ -93,8 +93,7 @@ def check_fp8(recipe="delayed", length=64, batch=1, hidden_size=64, ffn=96, tp=1
     for name, value in options.items():
         setattr(config, name, value)
     check_supported(config, "none")
-    own = MegalodonConfig(z_dim=64).resolve(hidden_size, 2)
-    check_fp8_sizes(config, own, length, batch)
+    check_fp8_sizes(config, megalodon_config(config, z_dim=64), length, batch)
 
 
 FP8_SIZES = {
@@ -222,8 +221,8 @@ def check(
     config.tensor_model_parallel_size = tp
     config.context_parallel_size = cp
     config.sequence_parallel = sequence_parallel
-    own = MegalodonConfig(z_dim=z_dim, value_dim=value_dim, norm_num_groups=groups)
-    check_layout(config, own.resolve(hidden_size, heads), order, length)
+    megalodon = megalodon_config(config, z_dim=z_dim, value_dim=value_dim, norm_num_groups=groups)
+    check_layout(config, megalodon, order, length)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
