@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Compiling takes seconds, which fewer numbers hardly win back.
-COMPILE_FROM = 2**19
+COMPILE_FROM = 2**21
 
 logger = logging.getLogger(__name__)
 _compiler_works = True
