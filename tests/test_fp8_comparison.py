@@ -22,7 +22,7 @@ def test_it_trains_measures_and_draws(tmp_path):
         text=True,
         timeout=600,
         # Two steps do not pay for compiling.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MEGALODON_FUSE": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
     )
     assert result.returncode == 0, result.stdout[-4000:]
     table = (tmp_path / "2-steps" / "table.md").read_text()
