@@ -32,18 +32,20 @@ def test_the_wheel_runs_the_quickstart(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "examples" / "quickstart.py").read_text() * 20)
     words = ["--text", text, "--out", "out", "--iterations", "4"]
+    elsewhere = {"cwd": tmp_path, "env": {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}}
     done = subprocess.run(
         [python, ROOT / "examples" / "quickstart.py", *words],
-        cwd=tmp_path,
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        **elsewhere,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (tmp_path / summary["sample"]).stat().st_size > 100
     where = subprocess.check_output(
-        [python, "-c", "import megalodon_mcore.kernels as m; print(m.__file__)"], text=True
+        [python, "-c", "import megalodon_mcore.kernels as m; print(m.__file__)"],
+        text=True,
+        **elsewhere,
     )
     assert Path(where.strip()).is_relative_to(target)
 
