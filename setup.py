@@ -29,7 +29,7 @@ setup(
         "numpy",
         "nltk",
         "tokenizers",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "sentencepiece",
         "safetensors",
         "tensorboard",

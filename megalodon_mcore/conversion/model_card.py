@@ -52,7 +52,7 @@ def model_card(model: OpenModel, dtype: torch.dtype) -> str:
     if kind not in ("HuggingFaceTokenizer", NULL_TOKENIZER):
         parts[-1] = f"{TOKENIZER_MODEL}\n\n{NOT_TEXT.partition(chr(10) * 2)[2]}"
     parts += [
-        "Needs torch and transformers 5 alone.",
+        "Needs torch and transformers (5.4 or newer) alone.",
         "## Sizes",
         _table(dataclasses.asdict(shape)),
     ]
