@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megalodon_mcore.config import MegalodonConfig
+
 SIZES = {
     "layers": 4,
     "hidden_size": 512,
@@ -79,14 +81,9 @@ def transformer_config(
     return TransformerConfig(**(values | options))
 
 
-def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES) -> torch.nn.Module:
-    """GPTModel with Megalodon's spec."""
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    from megalodon_mcore.config import MegalodonConfig
-    from megalodon_mcore.spec import MegalodonSpec
-
-    config = MegalodonConfig(
+def megalodon_config(sizes: dict[str, int]) -> MegalodonConfig:
+    """The configuration of a Megalodon of these sizes."""
+    return MegalodonConfig(
         num_layers=sizes["layers"],
         hidden_size=sizes["hidden_size"],
         num_heads=sizes.get("heads", 1),
@@ -95,7 +92,17 @@ def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES)
         z_dim=sizes["z_dim"],
         value_dim=sizes["value_dim"],
         norm_num_groups=sizes["groups"],
+        vocab_size=sizes["vocabulary"],
     )
+
+
+def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES) -> torch.nn.Module:
+    """GPTModel with Megalodon's spec."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megalodon_mcore.spec import MegalodonSpec
+
+    config = megalodon_config(sizes)
     return GPTModel(
         config=transformer_config(dtype, sizes, num_attention_heads=config.num_heads),
         transformer_layer_spec=MegalodonSpec(config),
@@ -107,21 +114,12 @@ def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES)
 
 def hugging_face(sizes: dict[str, int] = SIZES) -> torch.nn.Module:
     """The Hugging Face model of these sizes."""
-    from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
+    from megalodon_mcore.hf import MegalodonConfig as HuggingFaceConfig
+    from megalodon_mcore.hf import MegalodonForCausalLM
 
     torch.manual_seed(1)
-    config = MegalodonConfig(
-        vocab_size=sizes["vocabulary"],
-        hidden_size=sizes["hidden_size"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes.get("heads", 1),
-        intermediate_size=sizes["ffn"],
-        z_dim=sizes["z_dim"],
-        value_dim=sizes["value_dim"],
-        norm_num_groups=sizes["groups"],
-        chunk_size=sizes["chunk"],
-    )
-    return MegalodonForCausalLM(config).eval()
+    own = HuggingFaceConfig(**megalodon_config(sizes).named("hf"))
+    return MegalodonForCausalLM(own).eval()
 
 
 def gpt(

@@ -8,25 +8,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-from convert_memory import conversions, random_checkpoint
-from megalodon_mcore.config import MegalodonConfig
+from convert_memory import TINY, conversions, random_checkpoint
 from megalodon_mcore.sizes import SIZES
 
 
 @pytest.mark.slow
 def test_what_a_conversion_adds_to_the_process_is_a_small_part_of_the_checkpoint(tmp_path):
-    shapes = {
-        "tiny": MegalodonConfig(
-            num_layers=1,
-            hidden_size=32,
-            num_heads=1,
-            ffn_hidden_size=32,
-            cema_ndim=4,
-            chunk_size=16,
-            vocab_size=64,
-        )
-    }
-    shapes["200m"] = replace(SIZES["200m"], vocab_size=256)
+    shapes = {"tiny": TINY, "200m": replace(SIZES["200m"], vocab_size=256)}
     peaks = {}
     for name, shape in shapes.items():
         (tmp_path / name).mkdir()
