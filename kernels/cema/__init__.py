@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
+from ..segments import Segments, checked_segments
 from .coefficients import coefficients, powers
-from .portable import cema_portable, cema_response_portable
+from .portable import cema_portable, cema_summary_portable
 
-__all__ = ["cema", "cema_response", "coefficients", "powers"]
+__all__ = ["cema", "cema_summary", "coefficients", "powers"]
 
 
 def cema(
@@ -17,10 +18,11 @@ def cema(
     theta: Tensor,
     gamma: Tensor,
     omega: Tensor,
+    segments: Segments | None = None,
     state: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Filter every channel of x with its own complex exponential moving average.
+    """Filter every channel of x's documents with its own complex exponential moving average.
 
     Per channel d and n = 1..N (arXiv 2404.08801, section 3.1):
 
@@ -30,65 +32,62 @@ def cema(
         y_t = Re(sum_n gamma_n h_{t,n}) / sqrt(N) + omega x_t
 
     Args:
-        x: [batch, length, D], any float dtype, any strides, any length (0 included).
+        x: [length, batch, D], any float dtype, any strides.
         alpha: float32 [D, N, 1].
         delta: float32 [D, N, 1].
         theta: float32 [D, 1, 1].
         gamma: float32 [D, N, 2], real and imaginary part.
         omega: float32 [D, 1].
-        state: complex64 [batch, D, N], h before the first step; None stands for zeros.
-        return_state: whether to return h after the last step.
+        segments: which documents x's steps belong to; None: each row is the start of one.
+        state: complex64 [S, D, N], h before each segment; not read where one starts a document.
+        return_state: whether to return h after each segment.
 
     Returns:
-        y, with x's shape and dtype, and h after the last step (complex64 [batch, D, N]), or None
-        where return_state is false. Both are differentiable (once) in x, state and the five
-        parameters. The arithmetic is float32; for float64 x, with float64 parameters and a
-        complex128 state, it is float64. Autocast is off inside; torch's setting of float32
-        matmul precision (TF32) applies. A NaN or infinity in x may also reach outputs up to 31
-        steps before it.
+        y, with x's shape and dtype, and h after each segment (complex64 [S, D, N]), or None where
+        return_state is false. Both are differentiable (once) in x, state and the five parameters.
+        The arithmetic is float32; for float64 x, with float64 parameters and a complex128 state,
+        it is float64. Autocast is off inside; torch's setting of float32 matmul precision (TF32)
+        applies. A NaN or infinity in x may also reach outputs of its document up to 31 steps
+        before it.
 
     Raises:
-        ValueError: an argument's shape or dtype is not as above.
+        ValueError: an argument's shape or dtype is not as above, or a state is missing.
     """
-    _check(x, alpha, delta, theta, gamma, omega, state)
-    if use_triton(x):
+    segments = checked_segments(x, segments)
+    _check(x, alpha, delta, theta, gamma, omega, segments, state)
+    if x.numel() and use_triton(x):
         from .triton import cema_triton
 
-        return cema_triton(x, alpha, delta, theta, gamma, omega, state, return_state)
-    return cema_portable(x, alpha, delta, theta, gamma, omega, state, return_state)
+        return cema_triton(x, alpha, delta, theta, gamma, omega, segments, state, return_state)
+    return cema_portable(x, alpha, delta, theta, gamma, omega, segments, state, return_state)
 
 
-def cema_response(
-    state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
+def cema_summary(
+    x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, segments: Segments | None = None
 ) -> Tensor:
-    """A state's share of the outputs: those of `cema` for `length` zeros after it.
-
-    CEMA is linear, so the outputs of x after a state are those of x after zeros plus this:
-
-        y_t = Re(sum_n gamma_n q_n^(t+1) state_n) / sqrt(N),  t = 0..length-1
+    """The state h that each segment would leave behind if it started a document.
 
     Args:
-        state: complex64 [batch, D, N], or complex128 with float64 parameters.
-        alpha: As delta, theta and gamma, what `cema` takes.
-        delta: See alpha.
-        theta: See alpha.
-        gamma: See alpha.
-        length: Steps, at least 1.
+        x: As alpha, delta and theta, what `cema` takes.
+        alpha: See x.
+        delta: See x.
+        theta: See x.
+        segments: which steps, not necessarily all of x; None: each row's.
 
     Returns:
-        y, float32 (float64) [batch, length, D]; differentiable in state and the parameters.
+        complex64 (complex128 for float64 x) [S, D, N]; differentiable (once) in x and parameters.
 
     Raises:
-        ValueError: the state's shape does not fit, or length is below 1.
+        ValueError: an argument's shape or dtype does not fit.
     """
-    if state.dim() != 3 or state.shape[1:] != alpha.shape[:2] or not state.is_complex():
-        raise ValueError(
-            f"state is {state.dtype} {list(state.shape)}; for alpha {list(alpha.shape)} it must "
-            f"be complex [batch, {alpha.shape[0]}, {alpha.shape[1]}]."
-        )
-    if length < 1:
-        raise ValueError(f"length is {length}; it must be at least 1.")
-    return cema_response_portable(state, alpha, delta, theta, gamma, length)
+    segments = checked_segments(x, segments)
+    if alpha.dim() != 3 or x.shape[-1] != alpha.shape[0]:
+        raise ValueError(f"alpha is {list(alpha.shape)}; for x {list(x.shape)} it is [D, N, 1].")
+    if x.numel() and use_triton(x):
+        from .triton import cema_summary_triton
+
+        return cema_summary_triton(x, alpha, delta, theta, segments)
+    return cema_summary_portable(x, alpha, delta, theta, segments)
 
 
 def _check(
@@ -98,15 +97,14 @@ def _check(
     theta: Tensor,
     gamma: Tensor,
     omega: Tensor,
+    segments: Segments,
     state: Tensor | None,
 ) -> None:
-    if x.dim() != 3 or not x.dtype.is_floating_point:
-        raise ValueError(
-            f"x is {x.dtype} {list(x.shape)}; it must be a float tensor [batch, length, D]."
-        )
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [length, batch, D].")
     if alpha.dim() != 3 or alpha.shape[1] < 1:
         raise ValueError(f"alpha is {list(alpha.shape)}; it must be [D, N, 1] with N >= 1.")
-    batch, _, channels = x.shape
+    channels = x.shape[2]
     ndim = alpha.shape[1]
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     expected = {
@@ -117,7 +115,9 @@ def _check(
         "omega": (omega, (channels, 1), real),
     }
     if state is not None:
-        expected["state"] = (state, (batch, channels, ndim), real.to_complex())
+        expected["state"] = (state, (len(segments), channels, ndim), real.to_complex())
+    elif segments.continued:
+        raise ValueError("a segment goes on with its document; it needs the state before it.")
     for name, (tensor, shape, dtype) in expected.items():
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..segments import Segments
+
 
 def cema_naive(
     x: Tensor,
@@ -13,18 +15,20 @@ def cema_naive(
     theta: Tensor,
     gamma: Tensor,
     omega: Tensor,
+    segments: Segments | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute CEMA by its recurrence (arXiv 2404.08801, section 3.1) in float64.
 
     Shapes are those of :func:`megalodon_mcore.kernels.cema.cema`; any float dtype is taken and
-    cast. Returns y, float64 [batch, length, D], and the state after the last step, complex128
-    [batch, D, N]. Autograd through the loop gives the reference gradients.
+    cast. Returns y, float64 [length, batch, D], and the states after the segments, complex128
+    [S, D, N]. Autograd through the loop gives the reference gradients.
     """
     x, alpha, delta, theta, gamma, omega = (
         a.to(torch.float64) for a in (x, alpha, delta, theta, gamma, omega)
     )
-    batch, length, channels = x.shape
+    length, batch, channels = x.shape
+    segments = segments or Segments.of_rows(length, batch)
     ndim = alpha.shape[1]
 
     p = torch.sigmoid(alpha)[:, :, 0]
@@ -34,13 +38,16 @@ def cema_naive(
     q = magnitude * torch.exp(1j * n * phi)
     gamma_complex = gamma[:, :, 0] + 1j * gamma[:, :, 1]
 
-    if state is None:
-        h = torch.zeros(batch, channels, ndim, dtype=torch.complex128, device=x.device)
-    else:
-        h = state.to(torch.complex128)
-    outputs = []
-    for t in range(length):
-        h = q * h + p * x[:, t, :, None]
-        y = (gamma_complex * h).sum(dim=-1).real / math.sqrt(ndim) + omega[:, 0] * x[:, t]
-        outputs.append(y)
-    return (torch.stack(outputs, dim=1) if outputs else x.clone()), h
+    y, states = torch.empty_like(x), []
+    for number, segment in enumerate(segments):
+        h = torch.zeros(channels, ndim, dtype=torch.complex128, device=x.device)
+        if segment.position:
+            h = state[number].to(torch.complex128)
+        outputs = []
+        for x_t in x[segment.steps, segment.row]:
+            h = q * h + p * x_t[:, None]
+            y_t = (gamma_complex * h).sum(dim=-1).real / math.sqrt(ndim) + omega[:, 0] * x_t
+            outputs.append(y_t)
+        y[segment.steps, segment.row] = torch.stack(outputs)
+        states.append(h)
+    return y, torch.stack(states)

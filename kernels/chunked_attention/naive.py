@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..segments import Segments
 from .state import AttentionState
 
 
@@ -11,27 +12,36 @@ def chunked_attention_naive(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
+    segments: Segments | None = None,
     state: AttentionState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, AttentionState | None]:
     """Same arguments as `chunked_attention`, without dropout; results are float64."""
+    length, batch = q.shape[:2]
+    segments = segments or Segments.of_rows(length, batch)
     q, k, v = q.double(), k.double(), v.double()
-    cached = 0
-    if state is not None:
-        cached = state.key.shape[1]
-        k = torch.cat([state.key.double(), k], dim=1)
-        v = torch.cat([state.value.double(), v], dim=1)
 
-    outputs = []
-    for t in range(q.shape[1]):
-        position = cached + t
-        start = position - position % chunk_size
-        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, start : position + 1])
-        weights = scores.softmax(-1)
-        outputs.append(torch.einsum("bhs,bshe->bhe", weights, v[:, start : position + 1]))
+    out, used, open_keys, open_values = torch.empty_like(v), 0, [], []
+    for segment in segments:
+        keys, values = (z[segment.steps, segment.row] for z in (k, v))
+        cached = segment.position % chunk_size
+        if cached:
+            held = slice(used, used + cached)
+            keys = torch.cat([state.key[held].double(), keys])
+            values = torch.cat([state.value[held].double(), values])
+            used += cached
+        outputs = []
+        for t in range(segment.length):
+            stop = cached + t + 1
+            start = (stop - 1) - (stop - 1) % chunk_size
+            query = q[segment.start + t, segment.row]
+            weights = torch.einsum("hd,shd->hs", query, keys[start:stop]).softmax(-1)
+            outputs.append(torch.einsum("hs,she->he", weights, values[start:stop]))
+        out[segment.steps, segment.row] = torch.stack(outputs)
+        filled = len(keys) - len(keys) % chunk_size
+        open_keys.append(keys[filled:])
+        open_values.append(values[filled:])
 
-    out = torch.stack(outputs, dim=1) if outputs else v[:, cached:]
     if not return_state:
         return out, None
-    filled = k.shape[1] - k.shape[1] % chunk_size
-    return out, AttentionState(k[:, filled:], v[:, filled:])
+    return out, AttentionState(torch.cat(open_keys), torch.cat(open_values))

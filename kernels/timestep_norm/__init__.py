@@ -1,9 +1,9 @@
 """TimestepNorm: group normalisation by the mean and variance of everything seen so far."""
 
-import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
+from ..segments import Segments, checked_segments
 from .naive import timestep_norm_naive
 from .portable import timestep_norm_portable, timestep_statistics_portable
 from .state import TimestepNormState
@@ -23,65 +23,74 @@ def timestep_norm(
     bias: Tensor,
     num_groups: int,
     eps: float,
+    segments: Segments | None = None,
     state: TimestepNormState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, TimestepNormState | None]:
-    """Normalise every time step by the statistics of its group up to and including that step.
+    """Normalise every step by the statistics of its group in its document up to and with that step.
 
-    Per batch row and group, with mean_t and var_t (population) over all scalars of the group in
+    Per document and group, with mean_t and var_t (population) over all scalars of the group in
     steps 1..t (arXiv 2404.08801, section 3.2, as in the released source):
 
         y_t = (x_t - mean_t) / sqrt(var_t + eps) * (weight + 1) + bias
 
     Args:
-        x: [batch, length, D], any floating type and strides.
+        x: [length, batch, D], any floating type and strides.
         weight: [D], stored as an offset from one.
         bias: [D].
         num_groups: G, a divisor of D.
         eps: Added to the variance.
-        state: Statistics of what came before: count int64 [batch] in steps, mean and var
-            [batch, G]. None, or a count of zero, starts a sequence.
-        return_state: Whether to return the state after the last step.
+        segments: Which documents x's steps belong to; None: each row is the start of one.
+        state: mean and var [S, G] of what came before each segment in its document; not read
+            where a segment starts one.
+        return_state: Whether to return the state after each segment.
 
     Returns:
         y like x, and the new state (None unless asked for) with mean and var in float32. It is
         computed in float32; float64 inputs are computed, and their states returned, in float64.
-        Differentiable in x, weight, bias, mean and var, through both results.
+        Differentiable (once) in x, weight, bias, mean and var, through both results.
 
     Raises:
-        ValueError: a shape or type does not fit.
+        ValueError: a shape or type does not fit, or a state is missing.
     """
-    _check(x, weight, bias, num_groups, state)
+    segments = checked_segments(x, segments)
+    _check(x, weight, bias, num_groups, segments, state)
     if x.numel() and use_triton(x):
         from .triton import timestep_norm_triton
 
-        return timestep_norm_triton(x, weight, bias, num_groups, eps, state, return_state)
-    return timestep_norm_portable(x, weight, bias, num_groups, eps, state, return_state)
+        return timestep_norm_triton(
+            x, weight, bias, num_groups, eps, segments, state, return_state
+        )
+    return timestep_norm_portable(x, weight, bias, num_groups, eps, segments, state, return_state)
 
 
-def timestep_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and population variance of every group over all steps of x.
+def timestep_statistics(
+    x: Tensor, num_groups: int, segments: Segments | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and population variance of every group over all steps of each segment.
 
     Args:
-        x: [batch, length, D], any floating type and strides, length at least 1.
+        x: [length, batch, D], any floating type and strides, length at least 1.
         num_groups: G, a divisor of D.
+        segments: Which steps, not necessarily all of x; None: each row's.
 
     Returns:
-        mean and var, float64 [batch, G], differentiable in x.
+        mean and var, float64 [S, G], differentiable in x.
 
     Raises:
         ValueError: x's shape or num_groups does not fit.
     """
-    if x.dim() != 3 or x.shape[1] < 1 or num_groups < 1 or x.shape[2] % num_groups:
+    if x.dim() != 3 or x.shape[0] < 1 or num_groups < 1 or x.shape[2] % num_groups:
         raise ValueError(
-            f"x is {list(x.shape)} and num_groups {num_groups}; x must be [batch, length, D] with "
+            f"x is {list(x.shape)} and num_groups {num_groups}; x must be [length, batch, D] with "
             "length at least 1 and num_groups must divide D."
         )
+    segments = checked_segments(x, segments)
     if x.numel() and use_triton(x):
         from .triton import timestep_statistics_triton
 
-        return timestep_statistics_triton(x, num_groups)
-    return timestep_statistics_portable(x, num_groups)
+        return timestep_statistics_triton(x, num_groups, segments)
+    return timestep_statistics_portable(x, num_groups, segments)
 
 
 def _check(
@@ -89,13 +98,12 @@ def _check(
     weight: Tensor,
     bias: Tensor,
     num_groups: int,
+    segments: Segments,
     state: TimestepNormState | None,
 ) -> None:
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; it must be floating, [batch, length, D]."
-        )
-    batch, _, channels = x.shape
+    channels = x.shape[-1]
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [length, batch, D].")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; it must divide x's {channels} channels.")
     shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {
@@ -103,11 +111,10 @@ def _check(
         "bias": (bias, (channels,)),
     }
     if state is not None:
-        shapes["state.count"] = (state.count, (batch,))
-        shapes["state.mean"] = (state.mean, (batch, num_groups))
-        shapes["state.var"] = (state.var, (batch, num_groups))
-        if state.count.dtype != torch.int64:
-            raise ValueError(f"state.count is {state.count.dtype}; it must be int64.")
+        shapes["state.mean"] = (state.mean, (len(segments), num_groups))
+        shapes["state.var"] = (state.var, (len(segments), num_groups))
+    elif segments.continued:
+        raise ValueError("a segment goes on with its document; it needs the state before it.")
     for name, (tensor, expected) in shapes.items():
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}.")

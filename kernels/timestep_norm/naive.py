@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..segments import Segments
 from .state import TimestepNormState
 
 
@@ -12,34 +13,36 @@ def timestep_norm_naive(
     bias: Tensor,
     num_groups: int,
     eps: float,
+    segments: Segments | None = None,
     state: TimestepNormState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, TimestepNormState | None]:
-    """Same arguments as `timestep_norm`; everything but the count is returned in float64."""
-    batch, length, channels = x.shape
+    """Same arguments as `timestep_norm`; the results are float64."""
+    length, batch, channels = x.shape
+    segments = segments or Segments.of_rows(length, batch)
     x, weight, bias = x.double(), weight.double(), bias.double()
-    if state is None:
-        count = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        mean = var = x.new_zeros(batch, num_groups)
-    else:
-        # A state without steps may hold anything.
-        count, started = state.count, (state.count > 0)[:, None]
-        mean, var = (torch.where(started, z.double(), 0.0) for z in (state.mean, state.var))
 
-    outputs = []
-    for t in range(length):
-        step = x[:, t].reshape(batch, num_groups, channels // num_groups)
-        step_mean = step.mean(-1)
-        step_var = (step - step_mean[..., None]).square().mean(-1)
+    y, means, variances = torch.empty_like(x), [], []
+    for number, segment in enumerate(segments):
+        count = segment.position
+        mean = var = x.new_zeros(num_groups)
+        if count:
+            mean, var = state.mean[number].double(), state.var[number].double()
+        outputs = []
+        for step in x[segment.steps, segment.row].unflatten(-1, (num_groups, -1)):
+            step_mean = step.mean(-1)
+            step_var = (step - step_mean[:, None]).square().mean(-1)
+            # Chan et al. for two sets, of `count` steps and of one step (each D/G scalars).
+            delta = step_mean - mean
+            mean = mean + delta / (count + 1)
+            var = (count * var + step_var + delta.square() * count / (count + 1)) / (count + 1)
+            count = count + 1
+            normed = (step - mean[:, None]) / (var[:, None] + eps).sqrt()
+            outputs.append(normed.reshape(channels) * (weight + 1) + bias)
+        y[segment.steps, segment.row] = torch.stack(outputs)
+        means.append(mean)
+        variances.append(var)
 
-        # Chan et al. for two sets, of `count` steps and of one step (each D/G scalars).
-        seen = count[:, None].double()
-        delta = step_mean - mean
-        mean = mean + delta / (seen + 1)
-        var = (seen * var + step_var + delta.square() * seen / (seen + 1)) / (seen + 1)
-        count = count + 1
-        normed = (step - mean[..., None]) / (var[..., None] + eps).sqrt()
-        outputs.append(normed.reshape(batch, channels) * (weight + 1) + bias)
-
-    y = torch.stack(outputs, dim=1) if outputs else x
-    return y, TimestepNormState(count, mean, var) if return_state else None
+    if not return_state:
+        return y, None
+    return y, TimestepNormState(torch.stack(means), torch.stack(variances))

@@ -1,4 +1,4 @@
-"""The state of TimestepNorm between pieces of a sequence."""
+"""The state of TimestepNorm between segments of a document."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,7 @@ from torch import Tensor
 
 
 class TimestepNormState(NamedTuple):
-    """Steps so far, and mean and variance of their groups; see `timestep_norm`."""
+    """Mean and variance of all that a document held so far; see `timestep_norm`."""
 
-    count: Tensor
     mean: Tensor
     var: Tensor
