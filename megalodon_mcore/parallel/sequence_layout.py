@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SEQUENCE_ORDERS = ("contiguous", "zigzag", "document_zigzag")
+ORDERS_OF_ROWS = ("contiguous", "zigzag")
+DOCUMENT_ZIGZAG = "document_zigzag"
+SEQUENCE_ORDERS = (*ORDERS_OF_ROWS, DOCUMENT_ZIGZAG)
 ORDER_OF_MEGATRON = "zigzag"
 """How get_batch of Megatron's scripts and of Bridge cuts, but for packed conversations."""
 
