@@ -38,7 +38,7 @@ class ChunkPart(NamedTuple):
     before: int
     """Positions of the chunk that come before these steps, in other segments."""
     prefix: int
-    """Where those stand, of all that segments need of chunks begun before them, one after another."""
+    """Where those stand among what all segments need of chunks begun before them."""
 
 
 class Segments:

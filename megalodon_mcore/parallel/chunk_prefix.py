@@ -1,4 +1,4 @@
-"""Keys and values of chunks that segments start inside of, fetched from the ranks that hold them."""
+"""Keys and values of chunks that segments start inside of, fetched from other ranks."""
 
 from __future__ import annotations
 

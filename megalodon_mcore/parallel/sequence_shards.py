@@ -1,4 +1,4 @@
-"""A rank's segments of sequences that a group shares, and the exchange between those of a document."""
+"""A rank's segments of sequences that a group shares, and what those of a document exchange."""
 
 from __future__ import annotations
 
