@@ -1200,7 +1200,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         marks: dict,
     ) -> Tensor:
-        """Labels with -100 for the first token of a packed sample, which none before it predicts."""
+        """Labels with -100 for samples' first tokens, which nothing before them predicts."""
         real = self.model._real_steps(attention_mask, labels.shape[1], False)
         samples = packed_samples(position_ids, real, labels, marks)
         if samples is None:
