@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..dispatch import use_triton
 from ..segments import Segments, checked_segments
+from ..types import compute_dtype
 from .coefficients import coefficients, powers
 from .portable import cema_portable, cema_summary_portable
 
@@ -83,6 +84,8 @@ def cema_summary(
     segments = checked_segments(x, segments)
     if alpha.dim() != 3 or x.shape[-1] != alpha.shape[0]:
         raise ValueError(f"alpha is {list(alpha.shape)}; for x {list(x.shape)} it is [D, N, 1].")
+    if not len(segments):
+        return x.new_zeros(0, *alpha.shape[:2], dtype=compute_dtype(x).to_complex())
     if x.numel() and use_triton(x):
         from .triton import cema_summary_triton
 
