@@ -99,5 +99,5 @@ class _TimestepStatistics(torch.autograd.Function):
         path, segments = ctx.rest
         groups = mean.shape[1]
         scalars = segments.tensor("length", x.device)[:, None] * (x.shape[2] // groups)
-        slope = grad_var * (2 / scalars)
+        slope = 2 * grad_var / scalars
         return None, path.spread(x, mean, slope, grad_mean / scalars, segments), None, None
