@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (it is in the te
 EXAMPLES = Path(__file__).parents[2] / "examples" / "lm_eval"
 NAME, BEGIN = "one-head", 256
 DOCUMENTS = 20
-"""Of 100 for each task; that to continue is chosen among four."""
+"""Of a task's 100 questions, so many."""
 
 
 def log_likelihoods(model, tokens):
