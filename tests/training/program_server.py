@@ -133,6 +133,9 @@ def serve() -> None:
     cpu.install(devices=8)
     installed = {name: z for name, z in os.environ.items() if before.get(name) != z}
 
+    # With what these import only when they are called.
+    import torch.utils.tensorboard
+
     import megalodon_mcore.__main__
     import megalodon_mcore.evaluation
     import megalodon_mcore.pretraining
