@@ -43,6 +43,23 @@ def megatron():
     stand_in.undo()
 
 
+@pytest.fixture
+def load_model(megatron):
+    """load_model of examples/megatron_model.py, of which a process has one at a time."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training.global_vars import destroy_global_vars
+
+    from megalodon_mcore.pretraining import prepare_megatron
+    from megatron_model import load_model
+
+    prepare_megatron()
+    yield load_model
+    destroy_global_vars()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+
+
 @pytest.fixture(scope="session")
 def workers():
     """Up to eight processes for tests of several ranks, started by the first such test."""

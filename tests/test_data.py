@@ -548,7 +548,7 @@ def test_output_does_not_depend_on_workers(tmp_path, corpus, monkeypatch):
     for workers in (1, 3):
         _prepare([corpus[0]], tmp_path / str(workers) / "d", split="8,1,1", workers=workers)
     first, second = sorted((tmp_path / "1").glob("d_*")), sorted((tmp_path / "3").glob("d_*"))
-    assert [file.name for file in first] == [file.name for file in second] and len(first) == 7
+    assert [file.name for file in first] == [file.name for file in second]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     bad = _write(tmp_path / "bad.jsonl", '{"text": "x"}\n' * 2000 + "{\n")

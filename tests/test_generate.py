@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf.hf_models import random_model
 from megalodon_mcore import generate
 from megalodon_mcore.conversion.text import TextTokenizer
 from megalodon_mcore.conversion.tokenizers import open_tokenizer
 from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
 from megalodon_mcore.generate import Sampling, StreamedText, generate_tokens, read_prompt
-from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
 
 CHUNK = 8
 GREEDY = Sampling(temperature=0.0)
@@ -21,20 +21,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = MegalodonConfig(
-        vocab_size=60,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=48,
-        chunk_size=CHUNK,
-        piece_length=CHUNK,
-    )
-    model = MegalodonForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return random_model(vocab_size=60, chunk_size=CHUNK, piece_length=CHUNK)
 
 
 def generated(model, prompt, count, sampling=GREEDY, stop_token=None):

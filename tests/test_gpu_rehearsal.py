@@ -132,5 +132,7 @@ def test_the_sweep_says_what_to_write_down(clock, monkeypatch):
     stage = OnACard()
     sweep.main(stage)
     last = [case for case in stage.rows if "write down" in case]
-    assert len(last) == 5 and last[0].startswith("attention forward: write down forward=Tile(128")
+    kinds = dict.fromkeys(f"{name} {kernel}" for name, kernel, *_ in sweep.candidates(False))
+    assert [case.split(": write down")[0] for case in last] == list(kinds)
+    assert last[0].startswith("attention forward: write down forward=Tile(128")
     assert all(row["verdict"] == "figure" for row in stage.rows.values())

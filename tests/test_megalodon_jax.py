@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from building import EPS, build, randomize, swiglu_heads_rescale
+from comparing import error
 from megalodon_mcore.parameters import number_of_values
 
 jax = pytest.importorskip("jax", reason="megalodon-jax, the judge here, needs jax")
@@ -153,12 +154,8 @@ def judgement(judge, tokens):
 
 
 def relative(actual, expected):
-    """Largest difference over the largest expected magnitude."""
-    actual, expected = (
-        torch.as_tensor(np.asarray(part, dtype=np.float64)) for part in (actual, expected)
-    )
-    assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+    """The error against what jax returned."""
+    return error(actual, torch.from_numpy(np.array(expected)))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -201,7 +201,7 @@ def make_span(
     like: Tensor,
     cached: bool,
     starts: list[int] | None,
-    documents: list[list[int]] | None,
+    documents: list[list[int]] | None = None,
 ) -> Span:
     """The span of `like` [batch, length, D].
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hf.hf_models import random_model
 from megalodon_mcore.__main__ import main
 from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
-from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
 
 SHAPES = {
     "one-head": dict(chunk_size=16, vocab_size=257),
@@ -38,14 +38,8 @@ SHAPES = {
 
 
 def build(name, **changes):
-    """A Hugging Face model in evaluation mode whose every parameter is off its start."""
-    sizes = dict(vocab_size=61, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
-    torch.manual_seed(0)
-    model = MegalodonForCausalLM(MegalodonConfig(**(sizes | SHAPES[name] | changes)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    """A Hugging Face model of one of SHAPES."""
+    return random_model(**(dict(vocab_size=61) | SHAPES[name] | changes))
 
 
 def hf_folder(path, name, dtype=torch.float32, tokenizer=False, **changes):

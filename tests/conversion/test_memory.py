@@ -22,6 +22,6 @@ def test_what_a_conversion_adds_to_the_process_is_a_small_part_of_the_checkpoint
         size = sum(file.stat().st_size for file in start.rglob("*") if file.is_file())
         steps = conversions(start, tmp_path / name)
         peaks[name] = {step: anonymous for step, anonymous, _, _ in steps}
-    assert size > 250 * 2**20 and len(peaks["200m"]) == 3
+    assert size > 250 * 2**20
     for step, anonymous in peaks["200m"].items():
         assert anonymous - peaks["tiny"][step] < size / 5, step

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from comparing import error
 from distributed.gradients import assemble
 from distributed.layouts import Layout, Model
 from distributed.training import train
@@ -11,7 +12,6 @@ from distributed.training import train
 MODEL = Model()
 SWIGLU = Model(swiglu=True)
 ONE_HEAD = Model(heads=1, swiglu=True).with_megalodon(rescale_nffn=True)
-FOUR_HEADS = Model(heads=4)
 DEEP = Model(num_layers=4, swiglu=True).with_megalodon(rescale_nffn=True)
 TIED = Model(tied=True).with_megalodon(scale_embedding=True)
 # Of 48 positions, so that no chunk lies across two of CP 2's segments of 12, or of 24.
@@ -51,21 +51,14 @@ COMMON = {
     "TP 2, SP, PP 2, CP 2": Case(MODEL, EIGHT),
 }
 RARE = {
-    "TP 2, SP, one head": Case(ONE_HEAD, Layout(tp=2, sequence_parallel=True)),
     "TP 4, SP, two heads": Case(SWIGLU, Layout(tp=4, sequence_parallel=True)),
-    "TP 4, SP, four heads": Case(FOUR_HEADS, Layout(tp=4, sequence_parallel=True)),
     "TP 8, SP, one head": Case(ONE_HEAD, Layout(tp=8, sequence_parallel=True)),
-    "TP 2, tied": Case(TIED, Layout(tp=2)),
     "TP 2, SP, tied": Case(TIED, Layout(tp=2, sequence_parallel=True)),
     "CP 2, contiguous, aligned": Case(ALIGNED, Layout(cp=2, sequence_order="contiguous")),
     "CP 3, partly filled chunk": Case(PARTLY_FILLED, Layout(cp=3)),
-    "CP 4, contiguous, partly filled chunk": Case(
-        PARTLY_FILLED, Layout(cp=4, sequence_order="contiguous")
-    ),
     "TP 4, SP, one head, CP 2": Case(
         ONE_HEAD, Layout(tp=4, sequence_parallel=True, cp=2, sequence_order="contiguous")
     ),
-    "PP 2, uneven first": Case(DEEP, Layout(pp=2, layers_in_first_stage=1)),
     "PP 3, uneven first and last": Case(
         DEEP, Layout(pp=3, layers_in_first_stage=1, layers_in_last_stage=1)
     ),
@@ -112,10 +105,10 @@ BF16, DROPOUT = (
 )
 
 
-def in_layout(workers, single, model, layout):
+def in_layout(workers, single, model, layout, **options):
     """A run from the model's start; every rank has the same losses and gradient norms."""
     start, _ = single(model)
-    ranks = workers.run(layout.world_size, train, model, layout, start)
+    ranks = workers.run(layout.world_size, train, model, layout, start, **options)
     for rank in ranks:
         assert rank.losses == ranks[0].losses
         assert rank.gradient_norms == ranks[0].gradient_norms
@@ -130,8 +123,7 @@ def test_losses_and_gradients_of_one_process(workers, single, case):
     gradients = assemble([rank.first_gradients for rank in ranks])
     assert gradients.keys() == wanted.keys()
     for key, gradient in gradients.items():
-        difference = (gradient - wanted[key]).abs().max() / wanted[key].abs().max()
-        assert difference < 1e-4, key
+        assert error(gradient, wanted[key]) < 1e-4, key
     assert ranks[0].losses == pytest.approx(expected.losses, rel=1e-5)
     assert ranks[0].gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
 
@@ -151,7 +143,7 @@ def test_bf16_losses_are_as_near_as_bf16_is_to_float32(workers, single, case):
 
 @pytest.mark.parametrize("case", DROPOUT)
 def test_dropout_is_the_same_in_two_runs(workers, single, case):
-    first, second = (in_layout(workers, single, case.model, case.layout) for _ in range(2))
+    first, second = (in_layout(workers, single, case.model, case.layout, steps=2) for _ in range(2))
     assert first[0].losses == second[0].losses
     assert first[0].gradient_norms == second[0].gradient_norms
     assert first[0].losses[0] != single(replace(case.model, dropout=0.0)).run.losses[0]

@@ -228,7 +228,7 @@ def test_drawn_layouts_do_what_one_process_does(workers, world_size):
     assert largest < TOLERANCE, f"{name} of {drawn}"
 
 
-def test_enough_is_drawn():
+def test_what_is_rare_is_drawn():
     draws = [
         draw(size, 1000 * size + n) for size, count in DRAWS_PER_WORLD.items() for n in range(count)
     ]

@@ -77,11 +77,11 @@ MOVES = [pytest.param(move, id=name) for name, move in COMMON.items()] + [
 def test_losses_go_on(workers, single, tmp_path, move):
     start, uninterrupted = single(move.model)
     first = workers.run(
-        move.written.world_size, train, move.model, move.written, start, steps=2, save=tmp_path
+        move.written.world_size, train, move.model, move.written, start, steps=1, save=tmp_path
     )
     second = workers.run(
-        move.read.world_size, train, move.model, move.read, tmp_path, steps=3, resume=True
+        move.read.world_size, train, move.model, move.read, tmp_path, steps=2, resume=True
     )
-    for ranks, losses in ((first, uninterrupted.losses[:2]), (second, uninterrupted.losses[2:])):
+    for ranks, losses in ((first, uninterrupted.losses[:1]), (second, uninterrupted.losses[1:])):
         for rank in ranks:
             assert rank.losses == pytest.approx(losses, rel=1e-5)

@@ -52,7 +52,7 @@ def train(
     model: Model,
     layout: Layout,
     start: Path,
-    steps: int = 5,
+    steps: int = 3,
     resume: bool = False,
     save: Path | None = None,
 ) -> Run:

@@ -17,9 +17,13 @@ from stage import Stage
 
 def small(device):
     """Forward and backward of every operator on ragged sizes."""
-    shape = Shape(2, 77, 24, 3, 3, 32, 64, 24, 80)
+    # A rehearsal, with nothing to find, is for the calls alone.
+    rehearse = device.type == "cpu"
+    shape = (
+        Shape(1, 5, 8, 1, 1, 16, 16, 4, 16) if rehearse else Shape(2, 77, 24, 3, 3, 32, 64, 24, 80)
+    )
     for operator in EVERY.values():
-        for dtype in (torch.bfloat16, torch.float32)[: 1 if device.type == "cpu" else 2]:
+        for dtype in (torch.bfloat16, torch.float32)[: 1 if rehearse else 2]:
             leaves = operator.inputs(shape, dtype, device)
             outputs = operator.run(shape, *leaves)
             torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])

@@ -142,4 +142,6 @@ if __name__ == "__main__":
     if stage.rehearse:
         # Under the interpreter nothing could be recorded; the kernels themselves ran in stage 2.
         os.environ["MEGALODON_KERNELS"] = "torch"
+        # What is compiled for a CPU tells nothing of a card.
+        torch.compiler.set_stance("force_eager")
     main(stage)

@@ -30,10 +30,15 @@ LAYERS = 2
 
 
 def build(name="swiglu-heads-rescale", **changes):
+    """A model of one of SHAPES."""
+    return random_model(**(SHAPES[name] | changes))
+
+
+def random_model(**values):
     """A model in evaluation mode whose every parameter is off its (often zero) start."""
     sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=LAYERS, intermediate_size=48)
     torch.manual_seed(0)
-    model = MegalodonForCausalLM(MegalodonConfig(**(sizes | SHAPES[name] | changes)))
+    model = MegalodonForCausalLM(MegalodonConfig(**(sizes | values)))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -7,10 +7,12 @@ from hf_models import build
 from comparing import error
 
 LENGTHS = (75, 3, 150)
+SMALL = dict(num_hidden_layers=1)
+"""Tracing takes as long for every layer."""
 
 
 def test_an_exported_model_takes_any_length():
-    model = build()
+    model = build(**SMALL)
     any_length = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
     tokens = torch.randint(64, (2, 40))
     program = torch.export.export(
@@ -25,9 +27,11 @@ def test_an_exported_model_takes_any_length():
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_a_compiled_model_has_one_graph(use_cache):
+    """Traced a second time, for aot_eager, where a cache is written to, or gradients are wanted."""
     torch._dynamo.reset()
-    model = build()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model = build(**SMALL)
+    backend = "aot_eager" if use_cache else "eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         for length in LENGTHS:
             tokens = torch.randint(64, (2, length + 1))
@@ -42,8 +46,8 @@ def test_a_compiled_model_has_one_graph(use_cache):
 @pytest.mark.slow
 def test_a_compiled_model_takes_padding_without_a_cache():
     torch._dynamo.reset()
-    model = build()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model = build(**SMALL)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         for length in (75, 20):
             tokens, mask = torch.randint(64, (2, length)), torch.ones(2, length, dtype=torch.int64)
@@ -105,7 +109,7 @@ def test_generate_compiles_its_steps_where_it_is_asked_to():
 
 def test_a_compiled_model_trains():
     torch._dynamo.reset()
-    model = build().train()
+    model = build(**SMALL).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = torch.randint(64, (2, 75))
     parameters = list(model.parameters())

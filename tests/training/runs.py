@@ -1,14 +1,17 @@
 """Trains tiny models in processes of their own and reads their losses."""
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalodon_mcore.__main__ import main
 from training.program_server import READ_BY_IMPORTS, ProgramServer
 
 MODEL = (
@@ -80,6 +83,14 @@ def launch(*program: str, processes: int = 1, **environment: str) -> subprocess.
         timeout=300,
         env={**inherited, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
     )
+
+
+def generate(checkpoint: Path, *options: object) -> subprocess.CompletedProcess:
+    """Runs `megalodon-mcore generate` here: it takes nothing of a process that others need."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = main(["generate", "--checkpoint", str(checkpoint), *map(str, options)])
+    return subprocess.CompletedProcess((), code, said.getvalue())
 
 
 def scalars(folder: Path, name: str) -> dict[int, float]:

@@ -18,7 +18,7 @@ from training.runs import (
     train,
 )
 
-KILLS = 3
+KILLS = 2
 SECONDS_TO_END = 60
 """What a child gets on a machine that has much else to do."""
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -5,9 +5,7 @@ tests/distributed has more layouts, with gradients; here they go through the com
 
 import pytest
 
-from training.runs import DROPOUT, TINY, launch, save_to, side_by_side, train
-
-GENERATE = ("-m", "megalodon_mcore", "generate")
+from training.runs import DROPOUT, TINY, generate, save_to, side_by_side, train
 
 RECOMPUTE = {
     "full": ("--recompute-granularity", "full", "--recompute-method", "uniform")
@@ -88,8 +86,7 @@ def test_everything_at_once(start, tmp_path):
 
 def greedy(checkpoint):
     """What one process generates from a checkpoint."""
-    prompt = ("--prompt", "1 2 3", "--tokens", "40", "--temperature", "0")
-    result = launch(*GENERATE, "--checkpoint", str(checkpoint), *prompt)
+    result = generate(checkpoint, *("--prompt", "1 2 3", "--tokens", "40", "--temperature", "0"))
     assert result.returncode == 0, result.stdout
     return result.stdout.splitlines()[-1]
 

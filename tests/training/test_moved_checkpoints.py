@@ -12,11 +12,10 @@ from megalodon_mcore.checkpoint_tokenizer import (
     tokenizer_of_checkpoint,
 )
 from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
-from training.runs import MODEL, SCHEDULE, launch, side_by_side
+from training.runs import MODEL, PRETRAIN, SCHEDULE, generate, launch, side_by_side
 
-MEGALODON = ("-m", "megalodon_mcore")
 TEXT = ("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer")
-GREEDY = ("--tokens", "3", "--temperature", "0", "--ignore-end")
+PROMPT = ("--prompt", "hé", "--tokens", "3", "--temperature", "0", "--ignore-end")
 
 
 def tokenizer_of(folder, text):
@@ -26,15 +25,8 @@ def tokenizer_of(folder, text):
     return folder
 
 
-def generate(checkpoint, *options):
-    return launch(
-        *(*MEGALODON, "generate", "--checkpoint", str(checkpoint), "--prompt", "hé"),
-        *(*GREEDY, *map(str, options)),
-    )
-
-
 def pretrain(*arguments):
-    return launch(*MEGALODON, "pretrain", *map(str, arguments), *SCHEDULE)
+    return launch(*PRETRAIN, *map(str, arguments), *SCHEDULE)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +43,7 @@ def trained(tmp_path_factory):
 
 def test_a_moved_training_checkpoint_generates_resumes_and_converts(trained, tmp_path):
     load = ("--load", trained, "--use-checkpoint-args", "--ckpt-step", 3, "--mock-data")
-    generated, resumed = side_by_side(lambda: generate(trained), lambda: pretrain(*load))
+    generated, resumed = generate(trained, *PROMPT), pretrain(*load)
     assert generated.returncode == 0, generated.stdout[-3000:]
     assert "hé" in generated.stdout
     assert resumed.returncode == 0, resumed.stdout[-3000:]
@@ -68,8 +60,8 @@ def test_a_moved_conversion_generates_and_trains(tmp_path):
     moved = (tmp_path / "before").rename(tmp_path / "after")
     (tmp_path / "before" / "tokenizer").mkdir(parents=True)
     load = ("--load", moved, "--use-checkpoint-args", "--mock-data")
-    generated, trained, named = side_by_side(
-        lambda: generate(moved),
+    generated = generate(moved, *PROMPT)
+    trained, named = side_by_side(
         lambda: pretrain(*load),
         lambda: pretrain(*load, "--tokenizer-model", moved / "tokenizer"),
     )
@@ -80,12 +72,10 @@ def test_a_moved_conversion_generates_and_trains(tmp_path):
 def test_generate_takes_another_tokenizer_and_says_where_one_is_missing(trained, tmp_path):
     lost = shutil.copytree(trained, tmp_path / "lost")
     (lost / "tokenizer").rename(tmp_path / "elsewhere")
-    missing, named, wrong = side_by_side(
-        lambda: generate(lost),
-        lambda: generate(lost, "--tokenizer", tmp_path / "elsewhere"),
-        lambda: generate(lost, "--tokenizer", tmp_path),
-    )
-    assert missing.returncode == 2 and "Traceback" not in missing.stdout
+    missing = generate(lost, *PROMPT)
+    named = generate(lost, *PROMPT, "--tokenizer", tmp_path / "elsewhere")
+    wrong = generate(lost, *PROMPT, "--tokenizer", tmp_path)
+    assert missing.returncode == 2
     assert "give its place with --tokenizer." in missing.stdout
     assert named.returncode == 0, named.stdout[-3000:]
     assert wrong.returncode == 2 and "which holds no tokenizer" in wrong.stdout
