@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from building import transformer_config
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.block import MegalodonLayer, MegalodonLayerSubmodules
+from megalodon_mcore.parallel.documents import Documents
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.measure import Measured, SentBytes, measure_plan
 
@@ -72,7 +73,7 @@ def count(layer: Layer) -> Measured:
         block = TransformerLayer(config, submodules, pg_collection=groups)
     else:
         submodules = MegalodonLayerSubmodules()
-        block = MegalodonLayer(config, submodules, SIZE, layout.order, pg_collection=groups)
+        block = MegalodonLayer(config, submodules, SIZE, layout.order, Documents(), pg_collection=groups)
     shape = (layout.residual_length, layout.micro_batch_size, HIDDEN)
     x = torch.randn(*shape, requires_grad=True)
     with SentBytes() as forward:

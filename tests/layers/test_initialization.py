@@ -8,6 +8,7 @@ import torch
 from building import build
 from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import fill_cema_parameter, projection_initializer
+from megalodon_mcore.parallel.sequence_shards import sequence_shards
 from megalodon_mcore.parameters import LAYER_ROWS
 
 D, Z, E, F = 96, 24, 320, 160
@@ -150,7 +151,8 @@ def test_cema_starts_finite_and_stable_at_any_width(channels):
         assert parameter.isfinite().all(), name
         assert parameter.dtype == torch.float32, name
     assert (cema.theta.sigmoid() < 1).all()
-    averages = cema(torch.randn(40, 2, channels))
+    shards = sequence_shards("contiguous", 1, 1, (0, 40), None, 2)
+    averages = cema(torch.randn(40, 2, channels), shards)
     averages.square().sum().backward()
     assert averages.isfinite().all()
     for name, parameter in cema.named_parameters():
