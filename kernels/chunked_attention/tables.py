@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..segments import Segments
+from ..segments import Segments, numbered
 
 # A part's fields: row and step of its first query, row and step of its first key (in the buffer,
 # if that has them), its keys before the first query, all its keys, and where in the workspace its
@@ -80,8 +80,8 @@ def make_tables(
         for group, size in _groups(chosen, limit):
             given = torch.tensor(group)
             pairs = _of_queries(given, square)
-            pairs = _numbered(pairs, 0, pairs[:, PART] + 1)
-            keys = _numbered(given, 0, _tiles(given[:, 5], product))
+            pairs = numbered(pairs, 0, pairs[:, PART] + 1)
+            keys = numbered(given, 0, _tiles(given[:, 5], product))
             made = (z.to(device) for z in (_of_queries(given, product), keys, pairs))
             groups.append(Group(*made, size))
         if chosen:
@@ -133,17 +133,10 @@ def _groups(parts: list[list[int]], limit: int) -> Iterator[tuple[list[list[int]
 def _of_queries(parts: Tensor, tile: int) -> Tensor:
     """Rows for the tiles that hold queries, the last of a part first: it sees the most."""
     first, stop = parts[:, 4] // tile, _tiles(parts[:, 5], tile)
-    rows = _numbered(parts, first, stop)
+    rows = numbered(parts, first, stop)
     rows[:, PART] = (first + stop - 1).repeat_interleave(stop - first) - rows[:, PART]
     return rows
 
 
 def _tiles(length: Tensor, tile: int) -> Tensor:
     return (length + tile - 1) // tile
-
-
-def _numbered(rows: Tensor, first: Tensor | int, stop: Tensor) -> Tensor:
-    """Every row once for each number from `first` to before `stop`, which is its last field."""
-    count = stop - first
-    numbers = torch.arange(int(count.sum())) + (stop - count.cumsum(0)).repeat_interleave(count)
-    return torch.cat([rows.repeat_interleave(count, 0), numbers[:, None]], 1)
