@@ -8,7 +8,7 @@ from torch import Tensor
 
 # What differs from batch to batch; specialized, every new length would wait for the compiler.
 LENGTHS = ("length", "positions", "before", "first", "rows", "inner", "tiles", "segment")
-LENGTHS += ("segments", "programs")
+LENGTHS += ("segments", "programs", "stretch")
 
 # Decorates what is launched. Grids have one long side, the first: the others end at 65,535.
 kernel = triton.jit(do_not_specialize=LENGTHS)

@@ -163,6 +163,13 @@ class Segments:
         return sum(segment.position % chunk_size for segment in self.segments)
 
 
+def numbered(rows: Tensor, first: Tensor | int, stop: Tensor) -> Tensor:
+    """Rows [n, fields], each once for every number from `first` to before `stop`, its new field."""
+    count = stop - first
+    numbers = torch.arange(int(count.sum())) + (stop - count.cumsum(0)).repeat_interleave(count)
+    return torch.cat([rows.repeat_interleave(count, 0), numbers[:, None]], 1)
+
+
 def checked_segments(x: Tensor, segments: Segments | None) -> Segments:
     """The segments of x [length, batch, ...]: those given, or one a row.
 

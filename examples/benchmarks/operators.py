@@ -1,12 +1,13 @@
 """The operators that have Triton kernels, at the sizes of real layers: one entry each.
 
 A new kernel gets its rows in kernel_traffic.py and tests/gpu.sh by an entry in OPERATORS; VARIANTS
-are the same operators as a stream or a dropout calls them.
+are the same operators as a stream, packed rows or a dropout call them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_at
 from megalodon_mcore.kernels.gates import gated_silu, swiglu
 from megalodon_mcore.kernels.query_key import query_key
 from megalodon_mcore.kernels.row_norm import layer_norm, rms_norm
+from megalodon_mcore.kernels.segments import Segments
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
     timestep_norm,
@@ -80,7 +82,7 @@ class Operator(NamedTuple):
 
     inputs: leaves for a shape, a type and a device. run: a shape and the leaves to the outputs.
     flops: forward and backward flops that the mathematics asks for. sliced: along what it does the
-    same again and again: channels, length or chunk.
+    same again and again: channels, length, chunk or heads.
     """
 
     inputs: Callable[[Shape, torch.dtype, torch.device], list[Tensor]]
@@ -106,7 +108,15 @@ class Operator(NamedTuple):
             return part, cut
         first = max(0, (shape.length - 1) // shape.chunk - 1) * shape.chunk
         part = shape._replace(length=shape.length - first)
-        return part, lambda z: z[:, first:] if z.shape[:2] == shape[:2] else z
+        steps = (shape.length, shape.batch)
+        return part, lambda z: z[first:] if z.shape[:2] == steps else z
+
+
+@lru_cache
+def documents(shape: Shape) -> Segments:
+    """Rows packed with up to 64 documents, of lengths that rise evenly."""
+    bounds = sorted({shape.length * i * i // 64**2 for i in range(65)})
+    return Segments.of_documents([bounds] * shape.batch)
 
 
 def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -173,38 +183,47 @@ def cema_flops(shape: Shape) -> tuple[float, float]:
 
 def attention_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """q and k of the size that norms give them, and v."""
-    rows = (shape.batch, shape.length, shape.heads)
+    steps = (shape.length, shape.batch, shape.heads)
     widths = (shape.key_width, shape.key_width, shape.value_width)
-    q, k, v = (torch.randn(*rows, width, device=device) for width in widths)
+    q, k, v = (torch.randn(*steps, width, device=device) for width in widths)
     scale = shape.key_width**-0.25
     return _leaves(*(z.to(dtype) for z in (q * scale, k * scale, v)))
 
 
+def attention_stream(shape: Shape) -> Segments:
+    """Rows that go on 37 steps after a chunk's start, or in a smaller chunk at its last."""
+    return Segments.of_rows(shape.length, shape.batch, min(37, shape.chunk - 1))
+
+
 def attention_stream_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """What attention_inputs gives, and keys and values of the chunk that the sequence starts in."""
-    cached = shape._replace(length=min(37, shape.chunk - 1))
-    return [*attention_inputs(shape, dtype, device), *attention_inputs(cached, dtype, device)[1:]]
+    """What attention_inputs gives, and keys and values of the chunks that rows go on with."""
+    begun = attention_stream(shape).begun(shape.chunk)
+    state = attention_inputs(shape._replace(batch=1, length=begun), dtype, device)[1:]
+    return [*attention_inputs(shape, dtype, device), *_leaves(*(z[:, 0] for z in state))]
 
 
 def run_attention_stream(
     shape: Shape, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, ...]:
-    """Chunked causal attention that goes on with a chunk; the output and the new state."""
-    state = AttentionState(key, value)
-    out, after = chunked_attention(q, k, v, shape.chunk, state, return_state=True)
+    """Chunked causal attention that goes on with chunks; the output and the new state."""
+    segments, state = attention_stream(shape), AttentionState(key, value)
+    out, after = chunked_attention(q, k, v, shape.chunk, segments, state, return_state=True)
     return out, *after
 
 
-def run_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    """Chunked causal attention without a state."""
-    return (chunked_attention(q, k, v, shape.chunk)[0],)
+def run_attention(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None
+) -> tuple[Tensor]:
+    """Chunked causal attention of whole documents, each a row unless segments say otherwise."""
+    return (chunked_attention(q, k, v, shape.chunk, segments)[0],)
 
 
-def attention_flops(shape: Shape) -> tuple[float, float]:
+def attention_flops(shape: Shape, segments: Segments | None = None) -> tuple[float, float]:
     """Of the products on and below the diagonal: 2 forward; backward 5, the scores taken anew."""
-    whole, rest = divmod(shape.length, shape.chunk)
-    pairs = whole * shape.chunk * (shape.chunk + 1) / 2 + rest * (rest + 1) / 2
-    pairs *= 2 * shape.batch * shape.heads
+    segments = segments or Segments.of_rows(shape.length, shape.batch)
+    parts = segments.chunk_parts(shape.chunk)
+    pairs = sum(part.length * (part.before + (part.length + 1) / 2) for part in parts)
+    pairs *= 2 * shape.heads
     key_width, value_width = shape.key_width, shape.value_width
     return pairs * (key_width + value_width), pairs * (3 * key_width + 2 * value_width)
 
@@ -217,7 +236,7 @@ def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> l
 
 def query_key_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """z, and the float32 weight and bias of queries and keys."""
-    size = (shape.batch, shape.length, shape.heads, shape.key_width)
+    size = (shape.length, shape.batch, shape.heads, shape.key_width)
     z = torch.randn(size, device=device, dtype=dtype)
     parameters = torch.randn(
         2, 2, shape.heads * shape.key_width, device=device, dtype=_state_type(dtype)
@@ -225,9 +244,11 @@ def query_key_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     return _leaves(z, *parameters)
 
 
-def run_query_key(shape: Shape, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """From the start of a chunk."""
-    return query_key(z, weight, bias, EPS, 1e4, 0, shape.chunk)
+def run_query_key(
+    shape: Shape, z: Tensor, weight: Tensor, bias: Tensor, segments: Segments | None = None
+) -> tuple[Tensor, ...]:
+    """Of whole documents, each a row unless segments say otherwise."""
+    return query_key(z, weight, bias, EPS, 1e4, shape.chunk, segments)
 
 
 def gate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -315,11 +336,31 @@ VARIANTS = {
         "channels",
     ),
     "attention, stream": Operator(
-        attention_stream_inputs, run_attention_stream, attention_flops, False, "chunk"
+        attention_stream_inputs,
+        run_attention_stream,
+        lambda shape: attention_flops(shape, attention_stream(shape)),
+        False,
+        "chunk",
+    ),
+    "attention, packed": Operator(
+        attention_inputs,
+        lambda shape, *leaves: run_attention(shape, *leaves, documents(shape)),
+        lambda shape: attention_flops(shape, documents(shape)),
+        False,
+        "heads",
+    ),
+    "query and key, packed": Operator(
+        query_key_inputs,
+        lambda shape, *leaves: run_query_key(shape, *leaves, documents(shape)),
+        elementwise_flops(13, lambda shape: shape.heads * shape.key_width),
+        True,
+        "length",
     ),
     "query and key, in a chunk": Operator(
         query_key_inputs,
-        lambda shape, *leaves: query_key(*leaves, EPS, 1e5, shape.chunk // 3, shape.chunk),
+        lambda shape, *leaves: run_query_key(
+            shape, *leaves, Segments.of_rows(shape.length, shape.batch, shape.chunk // 3)
+        ),
         elementwise_flops(13, lambda shape: shape.heads * shape.key_width),
         True,
         "length",

@@ -41,13 +41,15 @@ def attention_by_split_heads(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Ten
     The value columns are cut into heads of the keys' width, which share their q and k; the length
     is a multiple of the chunk.
     """
-    batch, length, heads, width = q.shape
+    length, batch, heads, width = q.shape
     parts = v.shape[-1] // width
     q, k = (z.repeat_interleave(parts, dim=2) for z in (q, k))
     v = v.unflatten(-1, (parts, width)).flatten(2, 3)
-    q, k, v = (z.unflatten(1, (-1, chunk)).flatten(0, 1).transpose(1, 2) for z in (q, k, v))
+    # [chunks * batch, heads, chunk, width]
+    q, k, v = (z.unflatten(0, (-1, chunk)).permute(0, 2, 3, 1, 4).flatten(0, 1) for z in (q, k, v))
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-    return out.transpose(1, 2).reshape(batch, length, heads, parts * width)
+    out = out.unflatten(0, (-1, batch)).permute(0, 3, 1, 2, 4)
+    return out.reshape(length, batch, heads, parts * width)
 
 
 class _Panels(torch.autograd.Function):
@@ -90,12 +92,13 @@ class _Panels(torch.autograd.Function):
 
 def attention_by_panels(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> Tensor:
     """Chunked attention by plain products in the inputs' type; whole chunks alone."""
-    batch, _, heads, _ = q.shape
+    batch, heads = q.shape[1:3]
     packed = (
-        z.unflatten(1, (-1, chunk)).transpose(2, 3).flatten(0, 2).contiguous() for z in (q, k, v)
+        z.unflatten(0, (-1, chunk)).permute(2, 0, 3, 1, 4).flatten(0, 2).contiguous()
+        for z in (q, k, v)
     )
     out = _Panels.apply(*packed)
-    return out.unflatten(0, (batch, -1, heads)).transpose(2, 3).flatten(1, 2)
+    return out.unflatten(0, (batch, -1, heads)).permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -117,8 +120,8 @@ def _query_key(shape: Shape, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     scale, shift = (w.unflatten(-1, (-1, width)) for w in (weight, bias))
     normed = _rms_norm(z, torch.zeros((), device=z.device)) / math.sqrt(width)
     frequency = 1e4 ** (-torch.arange(0, width, 2, device=z.device) / width)
-    position = torch.arange(z.shape[1], device=z.device) % shape.chunk
-    turn = (position[:, None] * frequency)[:, None]
+    position = torch.arange(len(z), device=z.device) % shape.chunk
+    turn = (position[:, None] * frequency)[:, None, None]
     cos, sin = turn.cos(), turn.sin()
     results = []
     for row in range(2):

@@ -15,8 +15,9 @@ output and a float32 per query and head. Every sum has a fixed order; there are 
 mask of dropout is a function of a seed and of the places of query and key, the same in every
 kernel.
 
-Inside a chunk a position is local, 0 to chunk_size - 1. The first chunk may begin with keys that
-have no queries (`before` of them, out of a state), the last one may end early.
+Programs go by tables.py, with a row for every tile in which there is something to do: a tile of a
+part, which is what a segment holds of a chunk. Inside a part a position is local, 0 to
+chunk_size - 1, and queries begin at `before`.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import kernel, on_device_of, side_by_side
+from ..segments import Segments
 from .state import AttentionState
+from .tables import Group, Tables, make_tables
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -38,23 +41,13 @@ def chunked_attention_triton(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    state: AttentionState | None = None,
-    dropout_p: float = 0.0,
-    return_state: bool = False,
-) -> tuple[Tensor, AttentionState | None]:
-    """Same arguments and results as `chunked_attention`; nothing is checked here."""
-    before = 0 if state is None else state.key.shape[1]
-    if before:
-        k = torch.cat([state.key, k], dim=1)
-        v = torch.cat([state.value, v], dim=1)
-    out = _ChunkedAttention.apply(q, k, v, chunk_size, dropout_p)
-    if not return_state:
-        return out, None
-    positions = k.shape[1]
-    last = slice(positions - positions % chunk_size, positions)
-    # Copies: a slice would keep the whole sequence's memory alive.
-    key, value = (z[:, last].clone(memory_format=torch.contiguous_format) for z in (k, v))
-    return out, AttentionState(key, value)
+    segments: Segments,
+    state: AttentionState | None,
+    dropout_p: float,
+) -> Tensor:
+    """The output of `chunked_attention`, by the same arguments; nothing is checked here."""
+    state = state or AttentionState(None, None)
+    return _ChunkedAttention.apply(q, k, v, *state, chunk_size, segments, dropout_p)
 
 
 class Tile(NamedTuple):
@@ -148,121 +141,111 @@ WORKSPACE = 2**29
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """q [batch, length, heads, dk]; k and v hold `before` positions more, where q starts."""
-
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         chunk_size: int,
+        segments: Segments,
         dropout_p: float,
     ) -> Tensor:
         q, k, v = (side_by_side(z) for z in (q, k, v))
-        batch, length, heads, _ = q.shape
-        out = _empty_in_order_of(q, v.shape[-1])
-        lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
+        out = q.new_empty(v.shape)
+        length, batch, heads, _ = q.shape
+        lse = torch.empty(heads, batch, length, dtype=torch.float32, device=q.device)
         seed = lse
         if dropout_p > 0:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
-        if out.numel():
-            call = _Call(q, k, v, chunk_size, dropout_p)
-            tile = call.tiles.forward
-            slices = triton.cdiv(v.shape[-1], tile.width)
-            with on_device_of(q):
-                forward_kernel[call.grid(tile, slices)](
-                    *(q, k, v, out, lse, seed),
-                    *(*call.sizes, *_strides(q), *_strides(k), *_strides(v), *_strides(out)),
+        call = _Call(q, v, chunk_size, segments, dropout_p)
+        tile = call.tiles.forward
+        with on_device_of(q):
+            for buffer, table, _ in call.tables:
+                keys, values = k, v
+                if buffer:
+                    keys, values = buffer.put_together(k, key), buffer.put_together(v, value)
+                forward_kernel[call.grid(table, triton.cdiv(v.shape[-1], tile.width))](
+                    *(q, keys, values, out, lse, seed, table, *call.sizes(table)),
+                    *_strides(q, keys, values, out),
                     **call.constants(tile),
                 )
-        ctx.chunk_size, ctx.dropout_p = chunk_size, dropout_p
-        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.call = call
+        ctx.save_for_backward(q, k, v, key, value, out, lse, seed)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, seed = ctx.saved_tensors
-        if not out.numel():
-            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), None, None
-        grad_out = side_by_side(grad_out)
+        q, k, v, key, value, out, lse, seed = ctx.saved_tensors
+        call, grad_out = ctx.call, side_by_side(grad_out)
         grad_q, grad_k, grad_v = (side_by_side(torch.empty_like(z)) for z in (q, k, v))
-        delta = torch.empty_like(lse)
-        call = _Call(q, k, v, ctx.chunk_size, ctx.dropout_p)
-        scores, product = call.tiles.scores, call.tiles.product
+        grad_key, grad_value = (None if z is None else torch.empty_like(z) for z in (key, value))
         with on_device_of(q):
-            delta_kernel[(q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], DELTA_ROWS),)](
-                *(out, grad_out, delta, q.shape[2], q.shape[1]),
-                *(*_strides(out), *_strides(grad_out)),
-                DV=v.shape[-1],
-                ROWS=DELTA_ROWS,
-                WIDTH=DELTA_WIDTH,
-                num_warps=4,
-            )
+            delta = _delta(out, grad_out, lse)
             weights, grad_scores = call.workspace(q)
-            for first in range(0, call.rows * call.chunks, len(weights)):
-                chunks = min(len(weights), call.rows * call.chunks - first)
-                scores_kernel[(chunks * triton.cdiv(ctx.chunk_size, scores.own) ** 2,)](
-                    *(q, k, v, grad_out, lse, delta, weights, grad_scores, seed),
-                    *(*call.sizes, first, weights.shape[-1]),
-                    *(s for z in (q, k, v, grad_out) for s in _strides(z)),
-                    **call.constants(scores),
-                )
-                for matrix, z, grad, of_queries in (
-                    (grad_scores, k, grad_q, True),
-                    (grad_scores, q, grad_k, False),
-                    (weights, grad_out, grad_v, False),
-                ):
-                    tile = product.within(ctx.chunk_size, z.shape[-1], z.shape[-1])
-                    slices = triton.cdiv(z.shape[-1], tile.width)
-                    product_kernel[(chunks * slices * triton.cdiv(ctx.chunk_size, tile.own),)](
-                        *(matrix, z, grad, *call.sizes[:-2], first, matrix.shape[-1]),
-                        *(*_strides(z), *_strides(grad)),
-                        COLUMNS=z.shape[-1],
-                        OF_QUERIES=of_queries,
-                        OWN=tile.own,
-                        OTHER=tile.other,
-                        WIDTH=tile.width,
-                        num_warps=tile.warps,
-                        num_stages=tile.stages,
+            for buffer, _, groups in call.tables:
+                keys, values, to_keys, to_values = k, v, grad_k, grad_v
+                if buffer:
+                    keys, values = buffer.put_together(k, key), buffer.put_together(v, value)
+                    to_keys, to_values = torch.empty_like(keys), torch.empty_like(values)
+                for group in groups:
+                    scores_kernel[call.grid(group.pairs)](
+                        *(q, keys, values, grad_out, lse, delta, weights, grad_scores, seed),
+                        *(group.pairs, group.size, *call.sizes(group.pairs)),
+                        *_strides(q, keys, values, grad_out),
+                        **call.constants(call.tiles.scores),
                     )
-        return grad_q, grad_k, grad_v, None, None
+                    for matrix, z, grad in (
+                        (grad_scores, keys, grad_q),
+                        (grad_scores, q, to_keys),
+                        (weights, grad_out, to_values),
+                    ):
+                        call.product(matrix, z, grad, group, of_queries=grad is grad_q)
+                if buffer:
+                    grad_key = buffer.take_apart(to_keys, grad_k)
+                    grad_value = buffer.take_apart(to_values, grad_v)
+        return grad_q, grad_k, grad_v, grad_key, grad_value, None, None, None
 
 
 class _Call:
-    """The arguments that the kernels share."""
+    """What the kernels' launches share."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, dropout_p: float) -> None:
-        self.rows = q.shape[0] * q.shape[2]
-        self.chunk_size = chunk_size
-        self.chunks = triton.cdiv(k.shape[1], chunk_size)
-        self.dropped = dropout_p > 0
+    def __init__(
+        self, q: Tensor, v: Tensor, chunk_size: int, segments: Segments, dropout_p: float
+    ) -> None:
+        self.rows, self.heads = q.shape[1:3]
+        self.length, self.chunk_size, self.dropout_p = len(q), chunk_size, dropout_p
         self.widths = {"DK": q.shape[-1], "DV": v.shape[-1]}
-        self.tiles = Tiles.of(q, chunk_size, v.shape[-1], self.dropped)
-        threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-        self.sizes = (q.shape[2], k.shape[1], k.shape[1] - q.shape[1], chunk_size)
-        self.sizes += (threshold, 1 / (1 - dropout_p))
+        self.tiles = Tiles.of(q, chunk_size, v.shape[-1], dropout_p > 0)
+        limit = WORKSPACE // (2 * q.element_size() * self.heads)
+        sizes = (*(tile.own for tile in self.tiles), limit)
+        self.tables: list[Tables] = segments.kept(
+            ("attention tables", chunk_size, q.device, sizes),
+            lambda: make_tables(segments, chunk_size, q.device, *sizes),
+        )
 
-    def grid(self, tile: Tile, slices: int = 1) -> tuple[int]:
-        return (self.rows * slices * self.chunks * triton.cdiv(self.chunk_size, tile.own),)
+    def grid(self, table: Tensor, slices: int = 1) -> tuple[int]:
+        return (self.heads * len(table) * slices,)
+
+    def sizes(self, table: Tensor) -> tuple[int | float, ...]:
+        threshold = min(round(self.dropout_p * 2**32), 2**32 - 1)
+        return len(table), self.rows, self.length, threshold, 1 / (1 - self.dropout_p)
 
     def workspace(self, q: Tensor) -> Tensor:
-        """Weights and scores' gradients of as many chunks at a time as fit, all at most.
+        """Weights and scores' gradients of the largest group.
 
-        [2, chunks, side, side] of whole tiles; scores_kernel writes those that have a key that is
-        no later than a query, and product_kernel reads no others.
+        Those of a part are a square of whole tiles for each head, queries in rows. scores_kernel
+        writes the tiles that have a key no later than a query, and product_kernel reads no others.
         """
-        side = self.tiles.scores.own * triton.cdiv(self.chunk_size, self.tiles.scores.own)
-        whole = self.rows * self.chunks
-        at_once = max(1, WORKSPACE // (2 * side * side * q.element_size()))
-        # Groups of one size, or nearly.
-        at_once = triton.cdiv(whole, triton.cdiv(whole, at_once))
-        return q.new_empty(2, at_once, side, side)
+        sizes = [group.size for tables in self.tables for group in tables.groups]
+        return q.new_empty(2, self.heads * max(sizes))
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         return self.widths | {
-            "DROPOUT": self.dropped,
+            "DROPOUT": self.dropout_p > 0,
             "KEY_WIDTH": max(16, triton.next_power_of_2(self.widths["DK"])),
             "OWN": tile.own,
             "OTHER": tile.other,
@@ -272,21 +255,44 @@ class _Call:
             "num_stages": tile.stages,
         }
 
+    def product(
+        self, matrix: Tensor, x: Tensor, out: Tensor, group: Group, of_queries: bool
+    ) -> None:
+        """Of a group's parts, rows of `out` from the matrix, or its transpose, times x."""
+        tile = self.tiles.product.within(self.chunk_size, x.shape[-1], x.shape[-1])
+        table = group.queries if of_queries else group.keys
+        product_kernel[self.grid(table, triton.cdiv(x.shape[-1], tile.width))](
+            *(matrix, x, out, table, group.size, len(table), *_strides(x, out)),
+            COLUMNS=x.shape[-1],
+            OF_QUERIES=of_queries,
+            OWN=tile.own,
+            OTHER=tile.other,
+            WIDTH=tile.width,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
 
 DELTA_ROWS = 8
 DELTA_WIDTH = 256
 
 
-def _empty_in_order_of(q: Tensor, width: int) -> Tensor:
-    """[batch, length, heads, width], with batch and length in memory as q has them."""
-    batch, length, heads, _ = q.shape
-    if q.stride(0) < q.stride(1):
-        return q.new_empty(length, batch, heads, width).transpose(0, 1)
-    return q.new_empty(batch, length, heads, width)
+def _delta(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
+    """delta_kernel's result, [heads, batch, length] like lse."""
+    delta, (length, batch, heads, width) = torch.empty_like(lse), out.shape
+    delta_kernel[(heads * batch * triton.cdiv(length, DELTA_ROWS),)](
+        *(out, grad_out, delta, batch, length, *_strides(out, grad_out)),
+        DV=width,
+        ROWS=DELTA_ROWS,
+        WIDTH=DELTA_WIDTH,
+        num_warps=4,
+    )
+    return delta
 
 
-def _strides(z: Tensor) -> tuple[int, int, int]:
-    return z.stride()[:3]
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Those of steps, rows and heads of each."""
+    return tuple(stride for z in tensors for stride in z.stride()[:3])
 
 
 @triton.jit
@@ -374,31 +380,40 @@ def _scores(
 
 
 @triton.jit
-def _keep(seed, chunk, queries, keys, row, threshold):
-    """True for weights to keep, by a counter-based generator; queries and keys broadcast."""
+def _keep(seed, start, queries, keys, row, threshold):
+    """True for weights to keep, by a counter-based generator; queries and keys broadcast.
+
+    start is that of the part in its row, and row counts those of all heads.
+    """
     zero = queries * 0 + keys * 0
     c0, c1 = zero + keys, zero + queries
-    bits, _, _, _ = tl.philox(seed, c0, c1, zero + chunk, zero + row.to(tl.int32))
+    bits, _, _, _ = tl.philox(seed, c0, c1, zero + start.to(tl.int32), zero + row.to(tl.int32))
     return bits.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
 
 
 @triton.jit
-def _place(positions, before, chunk_size, first, OWN: tl.constexpr, slices):
-    """Where a program works: row (of batch and heads), slice, chunk, and tile of so many tiles.
+def _program(table, programs, SLICES: tl.constexpr, FIELDS: tl.constexpr):
+    """A program's head, its slice of columns and its row of a table of tables.py."""
+    place = tl.program_id(0) // SLICES
+    head = (place // programs).to(tl.int64)
+    return head, tl.program_id(0) % SLICES, table + place % programs * FIELDS
 
-    Then the chunk's first query and its filled length. `first` chunks of all rows are left out.
-    """
-    tiles = tl.cdiv(chunk_size, OWN)
-    chunks = tl.cdiv(positions, chunk_size)
-    part = tl.program_id(0) % slices
-    program = tl.program_id(0) // slices
-    tile = program % tiles
-    place = program // tiles + first
-    chunk = place % chunks
-    row = (place // chunks).to(tl.int64)
-    filled = tl.minimum(chunk_size, positions - chunk * chunk_size)
-    ahead = tl.maximum(before - chunk * chunk_size, 0)
-    return row, part, chunk, tile, tiles, ahead, filled
+
+@triton.jit
+def _part(fields):
+    """Row and step of local position 0 of queries and of keys, `before`, and the keys' number."""
+    row, start = tl.load(fields), tl.load(fields + 1)
+    key_row, key_start = tl.load(fields + 2), tl.load(fields + 3)
+    before, filled = tl.load(fields + 4), tl.load(fields + 5)
+    return row, start - before, key_row, key_start, before.to(tl.int32), filled.to(tl.int32)
+
+
+@triton.jit
+def _square(matrix, fields, head, size):
+    """Where a part's square is in the workspace, and how long its side."""
+    place, side = tl.load(fields + 6), tl.load(fields + 7)
+    # Of whole tiles: what Triton cannot see in a table.
+    return matrix + head * size + tl.multiple_of(place, 16), tl.multiple_of(side, 16)
 
 
 @triton.jit
@@ -409,7 +424,7 @@ def _forward_blocks(
     q,
     q_base,
     queries,
-    ahead,
+    before,
     q_step,
     k_base,
     v_base,
@@ -419,7 +434,7 @@ def _forward_blocks(
     stop,
     filled,
     seed,
-    chunk,
+    start,
     row,
     threshold,
     rescale,
@@ -435,10 +450,10 @@ def _forward_blocks(
     MASKED: tl.constexpr,
 ):
     """Online softmax over the keys first..stop of this chunk."""
-    for start in tl.range(first, stop, OTHER):
-        keys = start + tl.arange(0, OTHER)
+    for place in tl.range(first, stop, OTHER):
+        keys = place + tl.arange(0, OTHER)
         scores = _scores(
-            *(q, q_base, queries, ahead, filled, q_step, k_base, keys, 0, filled, k_step),
+            *(q, q_base, queries, before, filled, q_step, k_base, keys, 0, filled, k_step),
             *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, MASKED),
         )
         if MASKED:
@@ -448,7 +463,7 @@ def _forward_blocks(
         weights = tl.exp2(scores - new_top[:, None])
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            keep = _keep(seed, chunk, queries[:, None], keys[None], row, threshold)
+            keep = _keep(seed, start, queries[:, None], keys[None], row, threshold)
             weights = tl.where(keep, weights * rescale, 0.0)
         v = _load(v_base, keys, 0, filled, v_step, e, DV, WIDTH, MASKED)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
@@ -464,23 +479,23 @@ def forward_kernel(
     out_ptr,
     lse_ptr,
     seed_ptr,
-    heads,
-    positions,
-    before,
-    chunk_size,
+    table,
+    programs,
+    rows,
+    length,
     threshold,
     rescale,
-    q_batch,
     q_step,
+    q_row,
     q_head,
-    k_batch,
     k_step,
+    k_row,
     k_head,
-    v_batch,
     v_step,
+    v_row,
     v_head,
-    out_batch,
     out_step,
+    out_row,
     out_head,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -493,51 +508,46 @@ def forward_kernel(
 ) -> None:
     """WIDTH columns of the output of OWN queries; the first slice leaves the log2-sum-exp2."""
     SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
-    row, part, chunk, tile, tiles, ahead, filled = _place(
-        *(positions, before, chunk_size, 0, OWN, SLICES)
-    )
-    b, h = row // heads, row % heads
-    # The longest rows first.
-    first = (tiles - 1 - tile) * OWN
-    if (first >= filled) | (first + OWN <= ahead):
-        return
-    origin = chunk.to(tl.int64) * chunk_size
+    head, part, fields = _program(table, programs, SLICES, 9)
+    row, start, key_row, key_start, before, filled = _part(fields)
+    first = tl.load(fields + 8).to(tl.int32) * OWN
     queries = first + tl.arange(0, OWN)
     e = part * WIDTH + tl.arange(0, WIDTH)
-    q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
-    k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
-    v_base = v_ptr + b * v_batch + h * v_head + origin * v_step
+    q_base = q_ptr + row * q_row + head * q_head + start * q_step
+    k_base = k_ptr + key_row * k_row + head * k_head + key_start * k_step
+    v_base = v_ptr + key_row * v_row + head * v_head + key_start * v_step
+    row_of_all = head * rows + row
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
     # A row that is not there is a query of zeros: finite, and never stored.
-    q = _own(q_base, queries, ahead, filled, q_step, DK, KEY_WIDTH, DEPTH)
+    q = _own(q_base, queries, before, filled, q_step, DK, KEY_WIDTH, DEPTH)
     acc = tl.zeros([OWN, WIDTH], tl.float32)
     total = tl.zeros([OWN], tl.float32)
     top = tl.full([OWN], float("-inf"), tl.float32)
     acc, total, top = _forward_blocks(
-        *(acc, total, top, q, q_base, queries, ahead, q_step, k_base, v_base, k_step, v_step),
+        *(acc, total, top, q, q_base, queries, before, q_step, k_base, v_base, k_step, v_step),
         *(0, first, filled),
-        *(seed, chunk, row, threshold, rescale, e),
+        *(seed, start, row_of_all, threshold, rescale, e),
         *(DK, DV, DROPOUT, KEY_WIDTH, OWN, OTHER, WIDTH, DEPTH, False),
     )
     acc, total, top = _forward_blocks(
-        *(acc, total, top, q, q_base, queries, ahead, q_step, k_base, v_base, k_step, v_step),
+        *(acc, total, top, q, q_base, queries, before, q_step, k_base, v_base, k_step, v_step),
         *(first, tl.minimum(first + OWN, filled), filled),
-        *(seed, chunk, row, threshold, rescale, e),
+        *(seed, start, row_of_all, threshold, rescale, e),
         *(DK, DV, DROPOUT, KEY_WIDTH, OWN, OTHER, WIDTH, DEPTH, True),
     )
 
-    there = (queries >= ahead) & (queries < filled)
-    out_base = out_ptr + b * out_batch + h * out_head + (origin - before) * out_step
+    there = (queries >= before) & (queries < filled)
+    out_base = out_ptr + row * out_row + head * out_head + start * out_step
     tl.store(
         out_base + queries.to(tl.int64)[:, None] * out_step + e[None],
         (acc / total[:, None]).to(out_ptr.dtype.element_ty),
         mask=there[:, None] & (e < DV)[None],
     )
     if part == 0:
-        lse_base = lse_ptr + row * (positions - before) + origin - before
+        lse_base = lse_ptr + row_of_all * length + start
         tl.store(lse_base + queries, top + tl.log2(total), mask=there)
 
 
@@ -546,13 +556,13 @@ def delta_kernel(
     out_ptr,
     grad_ptr,
     delta_ptr,
-    heads,
+    rows,
     length,
-    out_batch,
     out_step,
+    out_row,
     out_head,
-    grad_batch,
     grad_step,
+    grad_row,
     grad_head,
     DV: tl.constexpr,
     ROWS: tl.constexpr,
@@ -561,10 +571,10 @@ def delta_kernel(
     """delta_t = out_t . grad_out_t, which is the weighted mean of the weights' gradients."""
     blocks = tl.cdiv(length, ROWS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    b, h = row // heads, row % heads
+    h, b = row // rows, row % rows
     t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    out_base = out_ptr + b * out_batch + h * out_head
-    grad_base = grad_ptr + b * grad_batch + h * grad_head
+    out_base = out_ptr + b * out_row + h * out_head
+    grad_base = grad_ptr + b * grad_row + h * grad_head
     delta = tl.zeros([ROWS], tl.float32)
     for start in tl.range(0, DV, WIDTH):
         e = start + tl.arange(0, WIDTH)
@@ -585,25 +595,24 @@ def scores_kernel(
     weights_ptr,
     grad_scores_ptr,
     seed_ptr,
-    heads,
-    positions,
-    before,
-    chunk_size,
+    table,
+    size,
+    programs,
+    rows,
+    length,
     threshold,
     rescale,
-    first,
-    side,
-    q_batch,
     q_step,
+    q_row,
     q_head,
-    k_batch,
     k_step,
+    k_row,
     k_head,
-    v_batch,
     v_step,
+    v_row,
     v_head,
-    grad_out_batch,
     grad_out_step,
+    grad_out_row,
     grad_out_head,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -614,56 +623,52 @@ def scores_kernel(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """Weights w and gradients of scores of OWN queries and OTHER keys of a chunk from `first` on.
+    """Weights w and gradients of scores of OWN queries and OTHER keys of a part.
 
     With g = grad_out v^T the scores' gradient is w (g - delta), where dropout acts on g and on the
-    weights that are written. Both are [chunks, side, side], queries in rows.
+    weights that are written.
     """
-    row, part, chunk, tile, _tiles, ahead, filled = _place(
-        *(positions, before, chunk_size, first, OWN, tl.cdiv(chunk_size, OTHER))
-    )
-    if (part > tile) | (tile * OWN >= filled) | (tile * OWN + OWN <= ahead):
-        return
-    b, h = row // heads, row % heads
-    origin = chunk.to(tl.int64) * chunk_size
-    queries = tile * OWN + tl.arange(0, OWN)
-    keys = part * OTHER + tl.arange(0, OTHER)
-    q_base = q_ptr + b * q_batch + h * q_head + (origin - before) * q_step
-    k_base = k_ptr + b * k_batch + h * k_head + origin * k_step
-    v_base = v_ptr + b * v_batch + h * v_head + origin * v_step
-    grad_out_base = (
-        grad_out_ptr + b * grad_out_batch + h * grad_out_head + (origin - before) * grad_out_step
-    )
-    rows = row * (positions - before) + origin - before
+    tl.static_assert(OWN == OTHER)
+    head, _part_of_one, fields = _program(table, programs, 1, 10)
+    row, start, key_row, key_start, before, filled = _part(fields)
+    queries = tl.load(fields + 8).to(tl.int32) * OWN + tl.arange(0, OWN)
+    keys = tl.load(fields + 9).to(tl.int32) * OTHER + tl.arange(0, OTHER)
+    q_base = q_ptr + row * q_row + head * q_head + start * q_step
+    k_base = k_ptr + key_row * k_row + head * k_head + key_start * k_step
+    v_base = v_ptr + key_row * v_row + head * v_head + key_start * v_step
+    grad_out_base = grad_out_ptr + row * grad_out_row + head * grad_out_head + start * grad_out_step
+    row_of_all = head * rows + row
     # A query that is not there gives weights of zero.
-    there = (queries >= ahead) & (queries < filled)
-    lse = tl.load(lse_ptr + rows + queries, mask=there, other=float("inf"))
-    delta = tl.load(delta_ptr + rows + queries, mask=there, other=0.0)
+    there = (queries >= before) & (queries < filled)
+    at = row_of_all * length + start + queries
+    lse = tl.load(lse_ptr + at, mask=there, other=float("inf"))
+    delta = tl.load(delta_ptr + at, mask=there, other=0.0)
 
     grad_weights = tl.zeros([OWN, OTHER], tl.float32)
     for column in tl.range(0, DV, WIDTH):
         e = column + tl.arange(0, WIDTH)
-        grad_out = _load(grad_out_base, queries, ahead, filled, grad_out_step, e, DV, WIDTH, True)
+        grad_out = _load(grad_out_base, queries, before, filled, grad_out_step, e, DV, WIDTH, True)
         v = _load(v_base, keys, 0, filled, v_step, e, DV, WIDTH, True)
         grad_weights = tl.dot(grad_out, v.T, grad_weights, input_precision="tf32x3")
-    q = _own(q_base, queries, ahead, filled, q_step, DK, KEY_WIDTH, DEPTH)
+    q = _own(q_base, queries, before, filled, q_step, DK, KEY_WIDTH, DEPTH)
     scores = _scores(
-        *(q, q_base, queries, ahead, filled, q_step, k_base, keys, 0, filled, k_step),
+        *(q, q_base, queries, before, filled, q_step, k_base, keys, 0, filled, k_step),
         *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
     )
     weights = tl.where(keys[None] <= queries[:, None], tl.exp2(scores - lse[:, None]), 0.0)
     dropped = weights
     if DROPOUT:
         seed = tl.load(seed_ptr)
-        keep = _keep(seed, chunk, queries[:, None], keys[None], row, threshold)
+        keep = _keep(seed, start, queries[:, None], keys[None], row_of_all, threshold)
         dropped = tl.where(keep, weights * rescale, 0.0)
         grad_weights = tl.where(keep, grad_weights * rescale, 0.0)
     grad_scores = weights * (grad_weights - delta[:, None])
 
-    place = row * tl.cdiv(positions, chunk_size) + chunk - first
-    at = (place * side + queries)[:, None] * side + keys[None]
-    tl.store(weights_ptr + at, dropped.to(weights_ptr.dtype.element_ty))
-    tl.store(grad_scores_ptr + at, grad_scores.to(weights_ptr.dtype.element_ty))
+    to_weights, side = _square(weights_ptr, fields, head, size)
+    to_grad_scores, side = _square(grad_scores_ptr, fields, head, size)
+    at = queries.to(tl.int64)[:, None] * side + keys[None]
+    tl.store(to_weights + at, dropped.to(weights_ptr.dtype.element_ty))
+    tl.store(to_grad_scores + at, grad_scores.to(weights_ptr.dtype.element_ty))
 
 
 @kernel
@@ -671,17 +676,14 @@ def product_kernel(
     matrix_ptr,
     x_ptr,
     out_ptr,
-    heads,
-    positions,
-    before,
-    chunk_size,
-    first,
-    side,
-    x_batch,
+    table,
+    size,
+    programs,
     x_step,
+    x_row,
     x_head,
-    out_batch,
     out_step,
+    out_row,
     out_head,
     COLUMNS: tl.constexpr,
     OF_QUERIES: tl.constexpr,
@@ -689,34 +691,30 @@ def product_kernel(
     OTHER: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """WIDTH columns of OWN rows of a chunk's matrix times x, or of its transpose times x.
+    """WIDTH columns of OWN rows of a part's square times x, or of its transpose times x.
 
-    The matrix is [chunks, side, side] and 0 where the key is later than the query. OF_QUERIES: out
-    has a row for each query and x for each key; else it is transposed, and the other way round.
+    The square is 0 where the key is later than the query. OF_QUERIES: out has a row for each query
+    and x for each key; else it is transposed, and the other way round.
     """
     SLICES: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
-    row, part, chunk, tile, tiles, ahead, filled = _place(
-        *(positions, before, chunk_size, first, OWN, SLICES)
-    )
-    b, h = row // heads, row % heads
-    origin = chunk.to(tl.int64) * chunk_size
-    # What has the most to sum goes first.
+    head, part, fields = _program(table, programs, SLICES, 9)
+    row, start, key_row, key_start, before, filled = _part(fields)
+    first = tl.load(fields + 8).to(tl.int32) * OWN
+    x_base = x_ptr + head * x_head
+    out_base = out_ptr + head * out_head
     if OF_QUERIES:
-        start = (tiles - 1 - tile) * OWN
-        begin, stop = 0, tl.minimum(start + OWN, filled)
-        own_low, low = ahead, 0
-        out_origin, x_origin = origin - before, origin
+        begin, stop = 0, tl.minimum(first + OWN, filled)
+        own_low, low = before, 0
+        x_base += key_row * x_row + key_start * x_step
+        out_base += row * out_row + start * out_step
     else:
-        start = tile * OWN
-        begin, stop = tl.maximum(start, ahead) // OTHER * OTHER, filled
-        own_low, low = 0, ahead
-        out_origin, x_origin = origin, origin - before
-    if (start >= filled) | (start + OWN <= own_low):
-        return
-    own = start + tl.arange(0, OWN)
+        begin, stop = tl.maximum(first, before) // OTHER * OTHER, filled
+        own_low, low = 0, before
+        x_base += row * x_row + start * x_step
+        out_base += key_row * out_row + key_start * out_step
+    own = first + tl.arange(0, OWN)
     e = part * WIDTH + tl.arange(0, WIDTH)
-    x_base = x_ptr + b * x_batch + h * x_head + x_origin * x_step
-    matrix = matrix_ptr + (row * tl.cdiv(positions, chunk_size) + chunk - first) * side * side
+    matrix, side = _square(matrix_ptr, fields, head, size)
     acc = tl.zeros([OWN, WIDTH], tl.float32)
     for place in tl.range(begin, stop, OTHER):
         other = place + tl.arange(0, OTHER)
@@ -726,7 +724,6 @@ def product_kernel(
         else:
             factor = tl.load(matrix + other[:, None] * side + own[None]).T
         acc = tl.dot(factor, x, acc, input_precision="tf32x3")
-    out_base = out_ptr + b * out_batch + h * out_head + out_origin * out_step
     tl.store(
         out_base + own.to(tl.int64)[:, None] * out_step + e[None],
         acc.to(out_ptr.dtype.element_ty),

@@ -3,8 +3,10 @@
 A tile is T steps of one head, [T, width] in registers, inside one chunk; pairs are taken apart to
 be turned and put together again. A position's turn is that of its tile's start times that of its
 place in the tile. The T turns of the places stay in registers while a program walks a stretch of
-time, so that a tile reads one row of a table, not T. Backward normalizes z again; its programs add
-up what weight and bias get in registers, which torch then sums over the programs, in a fixed order.
+tiles, so that a tile reads one row of a table, not T. Chunks are cut from their starts on; what
+segments hold of them says which tiles there are, and which of a tile's steps. Backward normalizes z
+again; its programs add up what weight and bias get in registers, which torch then sums over the
+programs, in a fixed order.
 """
 
 import math
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import kernel, on_device_of, side_by_side
+from ..segments import Segments, numbered
 from .turns import turns
 
 # Numbers in a tile: enough bytes in flight, few enough to stay in registers.
@@ -33,41 +36,51 @@ def query_key_triton(
     bias: Tensor,
     eps: float,
     base: float,
-    offset: int,
     chunk_size: int,
+    segments: Segments,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `query_key`; nothing is checked here."""
-    return _QueryKey.apply(z, weight, bias, eps, float(base), offset % chunk_size, chunk_size)
+    return _QueryKey.apply(z, weight, bias, eps, float(base), chunk_size, segments)
 
 
 class Tiling(NamedTuple):
-    """How z [batch, length, heads, width] is cut: tiles of `steps` steps, `segment` a program.
-
-    Every chunk is cut from its start on; counting begins with the tile that holds z's first step.
-    """
+    """How z [length, batch, heads, width] is cut: tiles of `steps` steps, `stretch` a program."""
 
     steps: int
     padded: int
     chunk_tiles: int
-    tiles: int
-    segment: int
-    segments: int
+    """Tiles in a chunk."""
+    tiles: Tensor
+    """int64 [tiles, fields]: row, step of the chunk's start, positions in the chunk from which and
+    to before which there are steps, and the tile's number in the chunk."""
+    stretch: int
+    programs: int
+    """Of a head."""
     warps: int
 
     @classmethod
-    def of(cls, z: Tensor, first: int, chunk: int) -> "Tiling":
-        """Cut for z that starts at position `first` of a chunk."""
-        batch, length, heads, width = z.shape
+    def of(cls, z: Tensor, chunk_size: int, segments: Segments) -> "Tiling":
+        """The tiling of what segments hold of every chunk."""
+        length, _, heads, width = z.shape
         padded = triton.next_power_of_2(width)
-        steps = max(1, min(TILE // padded, triton.next_power_of_2(min(length, chunk))))
-        chunk_tiles = triton.cdiv(chunk, steps)
-        chunks, position = divmod(first + length - 1, chunk)
-        tiles = chunks * chunk_tiles + position // steps - first // steps + 1
-        segment = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, batch * heads)))
+        longest = triton.next_power_of_2(min(length, chunk_size))
+        steps = max(1, min(TILE // padded, longest))
+
+        def make() -> Tensor:
+            parts = [
+                (part.row, part.start - part.before, part.before, part.before + part.length)
+                for part in segments.chunk_parts(chunk_size)
+            ]
+            parts = torch.tensor(parts)
+            stop = (parts[:, 3] + steps - 1) // steps
+            return numbered(parts, parts[:, 2] // steps, stop).to(z.device)
+
+        tiles = segments.kept(("query and key tiles", chunk_size, steps, z.device), make)
+        stretch = triton.cdiv(len(tiles), min(len(tiles), triton.cdiv(PROGRAMS, heads)))
         warps = min(8, max(1, steps * padded // 256))
-        return cls(
-            *(steps, padded, chunk_tiles, tiles, segment, triton.cdiv(tiles, segment), warps)
-        )
+        programs = triton.cdiv(len(tiles), stretch)
+        chunk_tiles = triton.cdiv(chunk_size, steps)
+        return cls(steps, padded, chunk_tiles, tiles, stretch, programs, warps)
 
     def tables(self, z: Tensor, base: float) -> tuple[Tensor, Tensor]:
         """Turns of the places in a tile and of the tiles' starts, [..., width / 2, (cos, sin)]."""
@@ -88,24 +101,23 @@ class _QueryKey(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         base: float,
-        first: int,
-        chunk: int,
+        chunk_size: int,
+        segments: Segments,
     ) -> tuple[Tensor, Tensor]:
         z, weight, bias = side_by_side(z), weight.contiguous(), bias.contiguous()
-        batch, length, heads, width = z.shape
-        tiling = Tiling.of(z, first, chunk)
+        _, batch, heads, width = z.shape
+        tiling = Tiling.of(z, chunk_size, segments)
         tables = tiling.tables(z, base)
         query, key = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
         with on_device_of(z):
-            forward_kernel[(batch * heads, tiling.segments)](
-                *(z, weight, bias, *tables, query, key),
-                *(heads, length, first, chunk, tiling.chunk_tiles, tiling.tiles, tiling.segment),
-                *(1.0 / math.sqrt(width), eps, *z.stride()[:3]),
-                *(width, tiling.padded, tiling.steps, STAGES),
+            forward_kernel[(heads * tiling.programs,)](
+                *(z, weight, bias, *tables, tiling.tiles, query, key),
+                *(heads, batch, len(tiling.tiles), tiling.stretch, 1.0 / math.sqrt(width), eps),
+                *(*z.stride()[:3], width, tiling.padded, tiling.steps, STAGES),
                 num_warps=tiling.warps,
             )
         ctx.save_for_backward(z, weight, *tables)
-        ctx.first, ctx.chunk, ctx.eps, ctx.tiling = first, chunk, eps, tiling
+        ctx.eps, ctx.tiling = eps, tiling
         return query, key
 
     @staticmethod
@@ -117,18 +129,16 @@ class _QueryKey(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         z, weight, *tables = ctx.saved_tensors
         grad_query, grad_key = side_by_side(grad_query), side_by_side(grad_key)
-        batch, length, heads, width = z.shape
+        heads, width = z.shape[2:]
         tiling = ctx.tiling
         grad_z = torch.empty_like(z)
         partial = torch.empty(
-            *(batch * tiling.segments, 4, heads * width), dtype=torch.float32, device=z.device
+            *(tiling.programs, 4, heads * width), dtype=torch.float32, device=z.device
         )
         with on_device_of(z):
-            backward_kernel[(batch * heads, tiling.segments)](
-                *(z, weight, *tables, grad_query, grad_key, grad_z, partial),
-                *(heads, length, ctx.first, ctx.chunk, tiling.chunk_tiles),
-                *(tiling.tiles, tiling.segment),
-                *(1.0 / math.sqrt(width), ctx.eps),
+            backward_kernel[(heads * tiling.programs,)](
+                *(z, weight, *tables, tiling.tiles, grad_query, grad_key, grad_z, partial),
+                *(heads, len(tiling.tiles), tiling.stretch, 1.0 / math.sqrt(width), ctx.eps),
                 *(*z.stride()[:3], *grad_query.stride()[:3], *grad_key.stride()[:3]),
                 *(*grad_z.stride()[:3], width, tiling.padded, tiling.steps, STAGES),
                 num_warps=tiling.warps,
@@ -155,13 +165,12 @@ def _turns(coarse, number, column, fine_cos, fine_sin, W: tl.constexpr):
 
 
 @triton.jit
-def _steps(tile, length, first, chunk, chunk_tiles, T: tl.constexpr):
-    """A tile's number in its chunk, its steps [T] of z and which of them are there."""
-    tile += first // T
-    number = tile % chunk_tiles
+def _tile(fields, T: tl.constexpr):
+    """A tile's row, its number in its chunk, its steps [T] of z and which of them are there."""
+    row, start, low = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+    high, number = tl.load(fields + 3), tl.load(fields + 4)
     position = number * T + tl.arange(0, T)
-    t = (tile // chunk_tiles) * chunk + position - first
-    return number, t, (position < chunk) & (t >= 0) & (t < length)
+    return row, number, start + position, (position >= low) & (position < high)
 
 
 @triton.jit
@@ -181,29 +190,26 @@ def forward_kernel(
     bias_ptr,
     fine,
     coarse,
+    table,
     query_ptr,
     key_ptr,
     heads,
-    length,
-    first,
-    chunk,
-    chunk_tiles,
+    rows,
     tiles,
-    segment,
+    stretch,
     root,
     eps,
-    z_batch,
     z_step,
+    z_row,
     z_head,
     W: tl.constexpr,
     WP: tl.constexpr,
     T: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """q and k of a head in one segment; root is 1/sqrt(W)."""
+    """q and k of a head in a stretch of tiles; root is 1/sqrt(W)."""
     head = tl.program_id(0) % heads
-    part = tl.program_id(1)
-    row = (tl.program_id(0) // heads).to(tl.int64)
+    part = tl.program_id(0) // heads
     wide_head = head.to(tl.int64)
     column = tl.arange(0, WP)
     inside = column < W
@@ -215,16 +221,16 @@ def forward_kernel(
     bias_key = tl.load(bias_ptr + other, mask=inside, other=0.0).to(tl.float32)
     fine_cos, fine_sin = _fine(fine, column, W, T)
 
-    last = tl.minimum((part + 1) * segment, tiles)
-    for tile in tl.range(part * segment, last, num_stages=STAGES):
-        number, t, real = _steps(tile, length, first, chunk, chunk_tiles, T)
+    last = tl.minimum((part + 1) * stretch, tiles)
+    for tile in tl.range(part * stretch, last, num_stages=STAGES):
+        row, number, t, real = _tile(table + tile * 5, T)
         there = real[:, None] & inside[None]
-        wide = t.to(tl.int64)[:, None]
-        at = row * z_batch + wide * z_step + wide_head * z_head + column[None]
+        wide = t[:, None]
+        at = row * z_row + wide * z_step + wide_head * z_head + column[None]
         z = tl.load(z_ptr + at, mask=there, other=0.0).to(tl.float32)
         normed = z * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(z * z, 1) / W + eps))[:, None]
         cos, sin = _turns(coarse, number, column, fine_cos, fine_sin, W)
-        to = ((row * length + wide) * heads + head) * W + column[None]
+        to = ((wide * rows + row) * heads + head) * W + column[None]
         query = _turn(normed * gain_query[None] + bias_query[None], cos, sin)
         tl.store(query_ptr + to, query.to(query_ptr.dtype.element_ty), mask=there)
         key = _turn(normed * gain_key[None] + bias_key[None], cos, sin)
@@ -237,30 +243,27 @@ def backward_kernel(
     weight_ptr,
     fine,
     coarse,
+    table,
     grad_query_ptr,
     grad_key_ptr,
     grad_z_ptr,
     partial,
     heads,
-    length,
-    first,
-    chunk,
-    chunk_tiles,
     tiles,
-    segment,
+    stretch,
     root,
     eps,
-    z_batch,
     z_step,
+    z_row,
     z_head,
-    query_batch,
     query_step,
+    query_row,
     query_head,
-    key_batch,
     key_step,
+    key_row,
     key_head,
-    grad_z_batch,
     grad_z_step,
+    grad_z_row,
     grad_z_head,
     W: tl.constexpr,
     WP: tl.constexpr,
@@ -269,8 +272,7 @@ def backward_kernel(
 ) -> None:
     """The gradient of z, and this program's [weight of q and k, bias of q and k]."""
     head = tl.program_id(0) % heads
-    part = tl.program_id(1)
-    row = (tl.program_id(0) // heads).to(tl.int64)
+    part = tl.program_id(0) // heads
     wide_head = head.to(tl.int64)
     column = tl.arange(0, WP)
     own = head * W + column
@@ -284,16 +286,16 @@ def backward_kernel(
     bias_key = tl.zeros([T, WP], tl.float32)
     fine_cos, fine_sin = _fine(fine, column, W, T)
 
-    last = tl.minimum((part + 1) * segment, tiles)
-    for tile in tl.range(part * segment, last, num_stages=STAGES):
-        number, t, real = _steps(tile, length, first, chunk, chunk_tiles, T)
+    last = tl.minimum((part + 1) * stretch, tiles)
+    for tile in tl.range(part * stretch, last, num_stages=STAGES):
+        row, number, t, real = _tile(table + tile * 5, T)
         there = real[:, None] & inside[None]
-        wide = t.to(tl.int64)[:, None]
-        at = row * z_batch + wide * z_step + wide_head * z_head + column[None]
+        wide = t[:, None]
+        at = row * z_row + wide * z_step + wide_head * z_head + column[None]
         z = tl.load(z_ptr + at, mask=there, other=0.0).to(tl.float32)
-        at = row * query_batch + wide * query_step + wide_head * query_head + column[None]
+        at = row * query_row + wide * query_step + wide_head * query_head + column[None]
         query = tl.load(grad_query_ptr + at, mask=there, other=0.0).to(tl.float32)
-        at = row * key_batch + wide * key_step + wide_head * key_head + column[None]
+        at = row * key_row + wide * key_step + wide_head * key_head + column[None]
         key = tl.load(grad_key_ptr + at, mask=there, other=0.0).to(tl.float32)
 
         rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(z * z, 1) / W + eps))[:, None]
@@ -307,10 +309,10 @@ def backward_kernel(
         weight_key += key * normed
         grad = query * gain_query[None] + key * gain_key[None]
         grad = (grad - normed * (tl.sum(grad * normed, 1) / W)[:, None]) * rstd
-        at = row * grad_z_batch + wide * grad_z_step + wide_head * grad_z_head + column[None]
+        at = row * grad_z_row + wide * grad_z_step + wide_head * grad_z_head + column[None]
         tl.store(grad_z_ptr + at, grad.to(grad_z_ptr.dtype.element_ty), mask=there)
 
-    to = partial + (row * tl.num_programs(1) + part) * 4 * heads * W + own
+    to = partial + part.to(tl.int64) * 4 * heads * W + own
     tl.store(to, tl.sum(weight_query, 0) * root, mask=inside)
     tl.store(to + heads * W, tl.sum(weight_key, 0) * root, mask=inside)
     tl.store(to + 2 * heads * W, tl.sum(bias_query, 0), mask=inside)

@@ -20,19 +20,24 @@ ERRORS[torch.float64] = 1e-13
 rows = Segments.of_rows
 
 
+def use_small_tiles(monkeypatch):
+    """So small that little chunks have whole, ragged, first and last ones."""
+    from megalodon_mcore.kernels.chunked_attention import triton as kernels
+
+    tiles = kernels.Tiles(
+        forward=kernels.Tile(32, 16, 32, 16, 4, 2),
+        scores=kernels.Tile(32, 32, 32, 16, 4, 2),
+        product=kernels.Tile(16, 16, 32, 16, 4, 2),
+    )
+    monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, {0: tiles}))
+
+
 @pytest.fixture
 def small(path, monkeypatch):
-    """Blocks and tiles so small that little chunks have whole, ragged, first and last ones."""
+    """The path, with small tiles or blocks of queries."""
     monkeypatch.setattr(portable, "QUERY_BLOCK", 8)
     if path == "triton":
-        from megalodon_mcore.kernels.chunked_attention import triton as kernels
-
-        tiles = kernels.Tiles(
-            forward=kernels.Tile(32, 16, 32, 16, 4, 2),
-            scores=kernels.Tile(32, 32, 32, 16, 4, 2),
-            product=kernels.Tile(16, 16, 32, 16, 4, 2),
-        )
-        monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, {0: tiles}))
+        use_small_tiles(monkeypatch)
     return path
 
 
@@ -69,7 +74,8 @@ def compare(segments, heads, dk, dv, chunk_size, dtype=torch.float32):
     wanted = run(chunked_attention_naive, given, chunk_size, segments, draws, torch.float64)
     for a, w in zip(actual, wanted, strict=True):
         assert a.dtype == dtype
-        assert not w.numel() or error(a, w) < ERRORS[dtype]
+        # Where everything cancels in float64, the error is one of terms of size 1.
+        assert (error(a, w) if w.any() or not w.numel() else a.abs().max()) < ERRORS[dtype]
 
 
 @pytest.mark.parametrize(
@@ -179,34 +185,30 @@ def test_documents_give_what_they_give_alone(small):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_other_documents_hold_changes_nothing(small, dtype):
-    """Nor does the own document's future change the output."""
     torch.manual_seed(0)
-    segments = Segments(
-        70,
-        2,
-        [*Segments.of_documents([[0, 20, 40, 70]]), Segment(1, 0, 9, 5), Segment(1, 9, 61, 0)],
-    )
-    given = inputs(segments, 2, 4, 20, 30, dtype)
-    draw = torch.randn(70, 2, 2, 20).to(dtype)
+    table = [Segment(0, 0, 20, 5), Segment(0, 20, 18, 0), Segment(0, 38, 12, 3)]
+    segments = Segments(50, 1, table)
+    given = inputs(segments, 1, 4, 20, 30, dtype)
+    draw = torch.randn(50, 1, 1, 20).to(dtype)
 
     def results(given):
         leaves = [z.detach().requires_grad_() for z in given]
         out, _ = chunked_attention(*leaves[:3], 30, segments, AttentionState(*leaves[3:]))
-        return out, *torch.autograd.grad(out, leaves[:3], draw)
+        return out, *torch.autograd.grad(out, leaves, draw)
 
-    wanted = results(given)
+    wanted, others = results(given), [*range(20), *range(38, 50)]
     for value in (torch.nan, torch.inf, -7.0):
-        for segment in (segments[1], segments[3]):
-            changed = [z.clone() for z in given]
-            for z in changed[:3]:
-                z[segment.steps, segment.row] = value
-            if segment.position:
-                changed[3].fill_(value), changed[4].fill_(value)
-            for a, w in zip(results(changed), wanted, strict=True):
-                for other in segments:
-                    if other != segment:
-                        at = other.steps, other.row
-                        assert torch.equal(a[at], w[at])
+        changed = [z.clone() for z in given]
+        for z in changed[:3]:
+            z[20:38] = value
+        for a, w in zip(results(changed), wanted, strict=True):
+            at = others if len(a) == 50 else slice(None)
+            assert torch.equal(a[at], w[at])
+    # What a document goes on with is its own, too.
+    for z in given[3:]:
+        z[:5] = torch.nan
+    for a, w in zip(results(given)[:4], wanted, strict=False):
+        assert torch.equal(a[20:], w[20:])
 
 
 @pytest.mark.parametrize("strides", ["sliced", "expanded", "columns apart", "rows first"])

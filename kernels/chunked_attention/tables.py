@@ -1,0 +1,142 @@
+"""What the Triton kernels go by: a row for every program of a head.
+
+What a segment holds of a chunk is a part. Positions in it are local to the chunk, and the first
+`before` of its keys come from the state. Where there are such, the part's keys and values are put
+together in a buffer, so that they lie in one place; these parts are launched by themselves.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..segments import Segments, numbered
+
+# A part's fields: row and step of its first query, row and step of its first key (in the buffer,
+# if that has them), its keys before the first query, all its keys, and where in the workspace its
+# square is and how long the side. Then the tile, and of `pairs` that of keys.
+PART = 8
+
+
+class Buffer(NamedTuple):
+    """Places of the state's rows in a buffer, and of own steps with their places [step, row]."""
+
+    size: int
+    held: Tensor
+    own: Tensor
+    steps: Tensor
+    rows: Tensor
+
+    def put_together(self, x: Tensor, state: Tensor) -> Tensor:
+        """[size, 1, heads, d] of steps of x [length, batch, heads, d] and a state [M, heads, d]."""
+        buffer = x.new_empty(self.size, 1, *x.shape[2:])
+        buffer[self.held, 0] = state
+        buffer[self.own, 0] = x[self.steps, self.rows]
+        return buffer
+
+    def take_apart(self, buffer: Tensor, x: Tensor) -> Tensor:
+        """Puts own steps back into x, and returns the state's rows."""
+        x[self.steps, self.rows] = buffer[self.own, 0]
+        return buffer[self.held, 0]
+
+
+class Group(NamedTuple):
+    """Parts whose squares fit in the workspace: tables int64 [programs, fields]."""
+
+    queries: Tensor
+    """Tiles of queries, the last of a part first."""
+    keys: Tensor
+    """Tiles of keys, the first of a part first."""
+    pairs: Tensor
+    """Tiles of queries with each tile of keys that they see."""
+    size: int
+    """Numbers in the squares of one head."""
+
+
+class Tables(NamedTuple):
+    """All parts whose keys are in x, or all whose keys are in the buffer."""
+
+    buffer: Buffer | None
+    queries: Tensor
+    """Tiles of queries of the forward pass."""
+    groups: list[Group]
+
+
+def make_tables(
+    segments: Segments,
+    chunk_size: int,
+    device: torch.device,
+    forward: int,
+    square: int,
+    product: int,
+    limit: int,
+) -> list[Tables]:
+    """For so many rows in the tiles of each kernel, and so many numbers in a group's squares."""
+    parts, buffer = _parts(segments, chunk_size, square)
+    tables = []
+    for chosen, held in zip(parts, (None, buffer), strict=True):
+        groups = []
+        for group, size in _groups(chosen, limit):
+            given = torch.tensor(group)
+            pairs = _of_queries(given, square)
+            pairs = numbered(pairs, 0, pairs[:, PART] + 1)
+            keys = numbered(given, 0, _tiles(given[:, 5], product))
+            made = (z.to(device) for z in (_of_queries(given, product), keys, pairs))
+            groups.append(Group(*made, size))
+        if chosen:
+            if held:
+                held = Buffer(held.size, *(z.to(device) for z in held[1:]))
+            queries = _of_queries(torch.tensor(chosen), forward)
+            tables.append(Tables(held, queries.to(device), groups))
+    return tables
+
+
+def _parts(
+    segments: Segments, chunk_size: int, square: int
+) -> tuple[list[list[list[int]]], Buffer | None]:
+    """Parts without and with keys of the state, the longest first, and the buffer of the latter."""
+    parts, size = ([], []), 0
+    held = torch.empty(segments.begun(chunk_size), dtype=torch.int64)
+    own, steps, rows = [], [], []
+    for row, start, length, before, prefix in sorted(
+        segments.chunk_parts(chunk_size), key=lambda part: -part.length
+    ):
+        stop, keys = before + length, (row, start)
+        if before:
+            keys = (0, size)
+            held[prefix : prefix + before] = torch.arange(size, size + before)
+            own.append(torch.arange(size + before, size + stop))
+            steps.append(torch.arange(start, start + length))
+            rows.append(torch.full((length,), row))
+            size += stop
+        side = square * -(-stop // square)
+        parts[before > 0].append([row, start, *keys, before, stop, 0, side])
+    if not size:
+        return parts, None
+    return parts, Buffer(size, held, *map(torch.cat, (own, steps, rows)))
+
+
+def _groups(parts: list[list[int]], limit: int) -> Iterator[tuple[list[list[int]], int]]:
+    """Parts with the places of their squares, so many that these fit, and all these's numbers."""
+    group, size = [], 0
+    for *part, _, side in parts:
+        if group and size + side**2 > limit:
+            yield group, size
+            group, size = [], 0
+        group.append([*part, size, side])
+        size += side**2
+    if group:
+        yield group, size
+
+
+def _of_queries(parts: Tensor, tile: int) -> Tensor:
+    """Rows for the tiles that hold queries, the last of a part first: it sees the most."""
+    first, stop = parts[:, 4] // tile, _tiles(parts[:, 5], tile)
+    rows = numbered(parts, first, stop)
+    rows[:, PART] = (first + stop - 1).repeat_interleave(stop - first) - rows[:, PART]
+    return rows
+
+
+def _tiles(length: Tensor, tile: int) -> Tensor:
+    return (length + tile - 1) // tile
