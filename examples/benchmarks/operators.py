@@ -1,12 +1,13 @@
 """The operators that have Triton kernels, at the sizes of real layers: one entry each.
 
 A new kernel gets its rows in kernel_traffic.py and tests/gpu.sh by an entry in OPERATORS; VARIANTS
-are the same operators as a stream or a dropout calls them.
+are the same operators as a stream, packed rows or a dropout call them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_at
 from megalodon_mcore.kernels.gates import gated_silu, swiglu
 from megalodon_mcore.kernels.query_key import query_key
 from megalodon_mcore.kernels.row_norm import layer_norm, rms_norm
+from megalodon_mcore.kernels.segments import Segments
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
     timestep_norm,
@@ -106,18 +108,28 @@ class Operator(NamedTuple):
             return part, cut
         first = max(0, (shape.length - 1) // shape.chunk - 1) * shape.chunk
         part = shape._replace(length=shape.length - first)
-        return part, lambda z: z[:, first:] if z.shape[:2] == shape[:2] else z
+        steps = (shape.length, shape.batch)
+        return part, lambda z: z[first:] if z.shape[:2] == steps else z
+
+
+@lru_cache
+def documents(shape: Shape) -> Segments:
+    """Rows packed with up to 64 documents, of lengths that rise evenly."""
+    bounds = sorted({shape.length * i * i // 64**2 for i in range(65)})
+    return Segments.of_documents([bounds] * shape.batch)
 
 
 def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """x, and the float32 weight and bias."""
-    x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
+    x = torch.randn(shape.length, shape.batch, shape.channels, device=device, dtype=dtype)
     return _leaves(x, *torch.randn(2, shape.channels, device=device, dtype=_state_type(dtype)))
 
 
-def run_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-    """TimestepNorm without a state."""
-    return (timestep_norm(x, weight, bias, shape.groups, EPS)[0],)
+def run_norm(
+    shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments | None = None
+) -> tuple[Tensor]:
+    """TimestepNorm of whole documents, each a row unless segments say otherwise."""
+    return (timestep_norm(x, weight, bias, shape.groups, EPS, segments)[0],)
 
 
 def norm_stream_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -130,9 +142,9 @@ def run_norm_stream(
     shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """TimestepNorm after 7 steps; y, mean and var."""
-    count = torch.full((shape.batch,), 7, device=x.device)
-    state = TimestepNormState(count, mean, var)
-    y, after = timestep_norm(x, weight, bias, shape.groups, EPS, state, True)
+    segments = Segments.of_rows(shape.length, shape.batch, 7)
+    state = TimestepNormState(mean, var)
+    y, after = timestep_norm(x, weight, bias, shape.groups, EPS, segments, state, True)
     return y, after.mean, after.var
 
 
@@ -306,6 +318,13 @@ OPERATORS = {
 VARIANTS = {
     "TimestepNorm, stream": Operator(
         norm_stream_inputs, run_norm_stream, elementwise_flops(8), True, "channels"
+    ),
+    "TimestepNorm, packed": Operator(
+        norm_inputs,
+        lambda shape, *leaves: run_norm(shape, *leaves, documents(shape)),
+        elementwise_flops(8),
+        True,
+        "channels",
     ),
     "CEMA, stream": Operator(
         cema_stream_inputs,
