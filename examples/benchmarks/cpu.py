@@ -100,7 +100,7 @@ def cema_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def norm_rows(args: argparse.Namespace) -> Iterator[Row]:
     """TimestepNorm against torch's layer_norm."""
-    x = torch.randn(2, 4096, 1024, requires_grad=True)
+    x = torch.randn(4096, 2, 1024, requires_grad=True)
     weight, bias = (torch.randn(1024, requires_grad=True) for _ in range(2))
     ours = median_seconds(
         backward_of(lambda: timestep_norm(x, weight, bias, 32, 1e-5)[0], x), args.seconds

@@ -121,13 +121,15 @@ def documents(shape: Shape) -> Segments:
 
 def norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """x, and the float32 weight and bias."""
-    x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
+    x = torch.randn(shape.length, shape.batch, shape.channels, device=device, dtype=dtype)
     return _leaves(x, *torch.randn(2, shape.channels, device=device, dtype=_state_type(dtype)))
 
 
-def run_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-    """TimestepNorm without a state."""
-    return (timestep_norm(x, weight, bias, shape.groups, EPS)[0],)
+def run_norm(
+    shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments | None = None
+) -> tuple[Tensor]:
+    """TimestepNorm of whole documents, each a row unless segments say otherwise."""
+    return (timestep_norm(x, weight, bias, shape.groups, EPS, segments)[0],)
 
 
 def norm_stream_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -140,9 +142,9 @@ def run_norm_stream(
     shape: Shape, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor, ...]:
     """TimestepNorm after 7 steps; y, mean and var."""
-    count = torch.full((shape.batch,), 7, device=x.device)
-    state = TimestepNormState(count, mean, var)
-    y, after = timestep_norm(x, weight, bias, shape.groups, EPS, state, True)
+    segments = Segments.of_rows(shape.length, shape.batch, 7)
+    state = TimestepNormState(mean, var)
+    y, after = timestep_norm(x, weight, bias, shape.groups, EPS, segments, state, True)
     return y, after.mean, after.var
 
 
@@ -327,6 +329,13 @@ OPERATORS = {
 VARIANTS = {
     "TimestepNorm, stream": Operator(
         norm_stream_inputs, run_norm_stream, elementwise_flops(8), True, "channels"
+    ),
+    "TimestepNorm, packed": Operator(
+        norm_inputs,
+        lambda shape, *leaves: run_norm(shape, *leaves, documents(shape)),
+        elementwise_flops(8),
+        True,
+        "channels",
     ),
     "CEMA, stream": Operator(
         cema_stream_inputs,

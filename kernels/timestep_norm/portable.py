@@ -54,7 +54,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, running mean (float64) and var [length, batch, G], and both after each segment."""
     tables = _Tables.of(segments, x.device)
-    shift = _shift(x, mean_in, groups, tables)
+    first = x[tables.first].double().unflatten(-1, (groups, -1)).mean(-1)
+    shift = _shift(first, mean_in, tables)
     sums = _sums(x, shift[tables.owner], groups)
     if var_in is not None:
         before = tables.position * var_in.double()
@@ -84,7 +85,7 @@ def _backward(
     and those after it.
     """
     tables = _Tables.of(segments, x.device)
-    shift = _shift(x, mean_in, groups, tables)
+    shift = _shift(mean[tables.first], mean_in, tables)
     shifts = shift[tables.owner]
     terms, grad_weight, grad_bias = _terms(x, grad_y, mean, var, shifts, tables.count, weight, eps)
     v = grad_var.double() / tables.end
@@ -170,12 +171,11 @@ def _run(z: Tensor, blocks: list[tuple[slice, slice, bool]]) -> None:
         z[steps, rows].cumsum_(0)
 
 
-def _shift(x: Tensor, mean_in: Tensor | None, groups: int, tables: _Tables) -> Tensor:
+def _shift(first: Tensor, mean_in: Tensor | None, tables: _Tables) -> Tensor:
     """A number near each segment's data: the mean before it, or of its first step; [S, G]."""
-    shift = x[tables.first].double().unflatten(-1, (groups, -1)).mean(-1)
-    if mean_in is not None:
-        shift = torch.where(tables.position > 0, mean_in.double(), shift)
-    return shift
+    if mean_in is None:
+        return first
+    return torch.where(tables.position > 0, mean_in.double(), first)
 
 
 def _moments(x: Tensor, groups: int, shift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,11 @@
-"""TimestepNorm in Triton: one program walks a stretch of time for a few groups.
+"""TimestepNorm in Triton: moments of each step, sums of those along segments, and what they norm.
 
-A tile is T steps of GB groups, [T, GB, SP] in registers, with the D/G channels of a group padded
-to SP. Each step's mean and variance are taken in float32; everything D/G times smaller is
-float64: prefix sums over the tile's steps about the tile's mean, merged with the statistics of
-all earlier tiles (count, mean, M2) as Chan et al. merge variances. So neither the length nor a
-large mean costs digits. The statistics before every tile are kept for backward (24 bytes a tile and
-group), which recomputes the rest from x and walks time in reverse.
-
-Where batch and groups alone fill the card a program walks the whole sequence, and everything is
-read once. Otherwise time is cut into segments, whose totals a first kernel takes: x is read twice
-forward, x and the gradient twice backward. Sums are taken in a fixed order, without atomics.
+Kernels over x know nothing of segments: a tile is T steps of GB groups, [T, GB, SP] in registers,
+with the D/G channels of a group padded to SP, and a program takes every so manyth tile. Between
+them one program for each segment and group walks through tables D/G times smaller than x, of shape
+[batch, G, length], in which a group's steps stand side by side. Its sums are float64 and about a
+shift near the segment's data, so that neither the length nor a large mean costs digits; the means
+are kept in float64, all else in float32. Sums are taken in a fixed order, without atomics.
 """
 
 from typing import Any, NamedTuple
@@ -18,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..launch import kernel, on_device_of, side_by_side
+from ..segments import Segments
+from .autograd import Path, normalize, statistics
 from .state import TimestepNormState
 
 # Scalars in a tile: enough bytes in flight, few enough to stay in registers.
@@ -29,11 +26,10 @@ TILE = 2048
 LINE = 128
 # Tiles on their way from memory while one is worked on.
 STAGES = 3
-# Programs that keep a card busy; with less than half as many, time is cut into segments. A tile is
-# a chain of some 700 instructions a warp forward, so that instructions bind before bytes do: one
-# walk by 64 programs (7b, a single sequence) would leave half an H100 idle and the rest waiting,
-# which costs more than reading x twice. Counted in the machine code, unmeasured on a GPU.
-PROGRAMS = 512
+# Programs that keep a card busy; where tiles are more, a program takes several.
+PROGRAMS = 2048
+# Steps of a segment that are summed up at a time; an eighth where all segments are so short.
+SCAN = 1024
 
 
 def timestep_norm_triton(
@@ -42,296 +38,294 @@ def timestep_norm_triton(
     bias: Tensor,
     num_groups: int,
     eps: float,
+    segments: Segments,
     state: TimestepNormState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, TimestepNormState | None]:
-    """Same arguments and results as `timestep_norm`, length at least 1; nothing is checked."""
-    batch, length, _ = x.shape
-    if state is None:
-        count = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        mean = var = torch.zeros(batch, num_groups, device=x.device)
-    else:
-        count, mean, var = state.count, state.mean.float(), state.var.float()
-    y, mean, var = _TimestepNorm.apply(x, weight, bias, mean, var, count, eps)
-    if not return_state:
-        return y, None
-    return y, TimestepNormState(count + length, mean, var)
+    """Same arguments and results as `timestep_norm`, x not empty; nothing is checked here."""
+    return normalize(_PATH, x, weight, bias, num_groups, eps, segments, state, return_state)
 
 
-def timestep_statistics_triton(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Same argument and results as `timestep_statistics`; nothing is checked here."""
-    return _TimestepStatistics.apply(x, num_groups)
+def timestep_statistics_triton(
+    x: Tensor, num_groups: int, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `timestep_statistics`; nothing is checked here."""
+    return statistics(_PATH, x, num_groups, segments)
 
 
 class Tiling(NamedTuple):
-    """How [batch, length, groups * size] is cut; see the module's first lines."""
+    """How [length, batch, groups * size] is cut; see the module's first lines."""
 
+    groups: int
     size: int
     padded: int
     group_block: int
     steps: int
-    group_blocks: int
-    chunks: int
-    segment: int
-    segments: int
-    warps: int
+    tiles: int
+    programs: int
 
     @classmethod
-    def of(cls, x: Tensor, groups: int, fewest: int = 1) -> "Tiling":
-        """Cut for x; `fewest` segments are asked for even where one would do."""
-        batch, length, channels = x.shape
+    def of(cls, x: Tensor, groups: int) -> "Tiling":
+        length, batch, channels = x.shape
         size = channels // groups
         padded = triton.next_power_of_2(size)
-        group_block = max(
-            1, min(LINE // x.element_size() // padded, triton.next_power_of_2(groups))
-        )
-        width = padded * group_block
-        steps = max(1, min(TILE // width, 64, triton.next_power_of_2(length)))
-        group_blocks = triton.cdiv(groups, group_block)
-        chunks = triton.cdiv(length, steps)
-        programs = max(1, batch * group_blocks)
-        wanted = 1 if 2 * programs >= PROGRAMS else triton.cdiv(PROGRAMS, programs)
-        segment = triton.cdiv(chunks, min(chunks, max(wanted, fewest)))
-        segments = triton.cdiv(chunks, segment)
-        warps = min(16, max(1, steps * width // 512))
-        return cls(
-            *(size, padded, group_block, steps, group_blocks, chunks, segment, segments, warps)
+        side_by_side = LINE // x.element_size() // padded
+        group_block = max(1, min(side_by_side, triton.next_power_of_2(groups)))
+        steps = max(1, min(TILE // (padded * group_block), 64))
+        tiles = batch * triton.cdiv(length, steps)
+        programs = min(tiles, triton.cdiv(PROGRAMS, triton.cdiv(groups, group_block)))
+        return cls(groups, size, padded, group_block, steps, tiles, programs)
+
+    def launch(self, function: Any, x: Tensor, *arguments: Any, tiles: int | None = None) -> None:
+        """Runs a kernel over x's tiles, or over so many of them."""
+        width = self.steps * self.padded * self.group_block
+        function[self.programs * triton.cdiv(self.groups, self.group_block),](
+            x,
+            *arguments,
+            x.shape[0],
+            self.tiles if tiles is None else tiles,
+            self.programs,
+            G=self.groups,
+            S=self.size,
+            GB=self.group_block,
+            SP=self.padded,
+            T=self.steps,
+            STAGES=STAGES,
+            num_warps=min(16, max(1, width // 512)),
         )
 
-    def grid(self, rows: int, segments: int) -> tuple[int, int]:
-        return rows * self.group_blocks, segments
 
-    def constants(self, groups: int) -> dict[str, Any]:
-        """The kernels' compile-time arguments."""
-        return {
-            "G": groups,
-            "S": self.size,
-            "GB": self.group_block,
-            "SP": self.padded,
-            "T": self.steps,
-            "STAGES": STAGES,
-            "num_warps": self.warps,
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    segments: Segments,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, running mean (float64) and var [batch, G, length], and both after each segment."""
+    x = side_by_side(x)
+    y = torch.empty_like(x)
+    tiling = Tiling.of(x, groups)
+    after = x.new_empty(2, len(segments), groups, dtype=torch.float32)
+    with on_device_of(x):
+        mean, var = _moments(x, tiling)
+        _scan(
+            scan_kernel,
+            segments,
+            groups,
+            mean,
+            var,
+            _beside(mean_in),
+            _beside(var_in),
+            *after,
+            RUNNING=True,
+        )
+        tiling.launch(
+            apply_kernel,
+            *(x, y, weight.contiguous(), bias.contiguous(), mean, var, eps),
+            *(*x.stride()[:2], *y.stride()[:2]),
+        )
+    return y, mean, var, *after
+
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    mean_in: Tensor | None,
+    groups: int,
+    eps: float,
+    segments: Segments,
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, and of mean and var before each segment."""
+    x, grad_y, weight = side_by_side(x), side_by_side(grad_y), weight.contiguous()
+    grad_x = torch.empty_like(x)
+    tiling = Tiling.of(x, groups)
+    parts = x.new_empty(2, tiling.programs, x.shape[2], dtype=torch.float64)
+    first, second = torch.empty_like(var), torch.empty_like(var)
+    before = x.new_empty(2, len(segments), groups, dtype=torch.float32)
+    given, strides = (weight, mean, var), (*x.stride()[:2], *grad_y.stride()[:2])
+    with on_device_of(x):
+        tiling.launch(terms_kernel, x, grad_y, *given, first, second, *parts, eps, *strides)
+        _scan(
+            *(scan_back_kernel, segments, groups, mean, first, second, _beside(mean_in)),
+            *(grad_mean.contiguous(), grad_var.contiguous(), *before, tiling.size),
+        )
+        tiling.launch(
+            input_gradient_kernel,
+            *(x, grad_y, grad_x, *given, first, second, eps, *strides, *grad_x.stride()[:2]),
+        )
+    grad_weight, grad_bias = parts.sum(1).to(weight.dtype).unbind(0)
+    return grad_x, grad_weight, grad_bias, *before
+
+
+def _statistics(x: Tensor, groups: int, segments: Segments) -> tuple[Tensor, Tensor]:
+    x = side_by_side(x)
+    tiling = Tiling.of(x, groups)
+    found = x.new_empty(2, len(segments), groups, dtype=torch.float64)
+    with on_device_of(x):
+        mean, var = _moments(x, tiling, _tiles(segments, tiling.steps, x.device))
+        _scan(scan_kernel, segments, groups, mean, var, None, None, *found, RUNNING=False)
+    return tuple(found)
+
+
+def _spread(x: Tensor, mean: Tensor, slope: Tensor, constant: Tensor, segments: Segments) -> Tensor:
+    x = side_by_side(x)
+    grad_x = torch.empty_like(x)
+    rounded = mean.float()
+    line = torch.stack((rounded, slope, constant - slope * (mean - rounded))).float()
+    with on_device_of(x):
+        Tiling.of(x, mean.shape[1]).launch(
+            spread_kernel,
+            *(x, grad_x, _owners(segments, x.device), *line),
+            *(*x.stride()[:2], *grad_x.stride()[:2]),
+        )
+    return grad_x
+
+
+_PATH = Path(_forward, _backward, _statistics, _spread)
+
+
+def _moments(x: Tensor, tiling: Tiling, tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each step's mean (float64) and population variance, [batch, G, length], of some tiles."""
+    length, batch, _ = x.shape
+    mean = x.new_empty(batch, tiling.groups, length, dtype=torch.float64)
+    var = torch.empty_like(mean, dtype=torch.float32)
+    number = None if tiles is None else len(tiles)
+    tiling.launch(moments_kernel, x, tiles, mean, var, *x.stride()[:2], tiles=number)
+    return mean, var
+
+
+def _scan(
+    function: Any,
+    segments: Segments,
+    groups: int,
+    mean: Tensor,
+    *arguments: Any,
+    **constants: Any,
+) -> None:
+    """Runs a kernel along each segment and group of tables [batch, G, length]."""
+    longest = segments.kept("longest", lambda: max(segment.length for segment in segments))
+    steps = SCAN if longest > SCAN // 8 else SCAN // 8
+    function[len(segments) * groups,](
+        *(_places(segments, mean.device), mean, *arguments, mean.shape[2]),
+        **constants,
+        G=groups,
+        T=steps,
+        STAGES=STAGES,
+        num_warps=max(1, steps // 128),
+    )
+
+
+def _beside(z: Tensor | None) -> Tensor | None:
+    return None if z is None else z.contiguous()
+
+
+def _places(segments: Segments, device: torch.device) -> Tensor:
+    """Row, start, length and position of each segment; int64 [S, 4]."""
+    names = ("row", "start", "length", "position")
+    return segments.kept(
+        ("places", device),
+        lambda: torch.stack([segments.tensor(name, device) for name in names], 1),
+    )
+
+
+def _owners(segments: Segments, device: torch.device) -> Tensor:
+    """Which segment each step belongs to, -1 for none; int32 [batch, length]."""
+
+    def make() -> Tensor:
+        owners = torch.full((segments.batch, segments.length), -1, dtype=torch.int32)
+        for number, segment in enumerate(segments):
+            owners[segment.row, segment.steps] = number
+        return owners.to(device)
+
+    return segments.kept(("owners", device), make)
+
+
+def _tiles(segments: Segments, steps: int, device: torch.device) -> Tensor | None:
+    """The tiles of so many steps that hold steps of segments, int32; None for all tiles."""
+
+    def make() -> Tensor | None:
+        chunks = triton.cdiv(segments.length, steps)
+        tiles = {
+            segment.row * chunks + chunk
+            for segment in segments
+            for chunk in range(segment.start // steps, (segment.steps.stop - 1) // steps + 1)
         }
+        if len(tiles) == segments.batch * chunks:
+            return None
+        return torch.tensor(sorted(tiles), dtype=torch.int32).to(device)
 
-
-class _TimestepNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        mean_in: Tensor,
-        var_in: Tensor,
-        count_in: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x, mean_in, var_in = side_by_side(x), mean_in.contiguous(), var_in.contiguous()
-        weight, bias, count_in = weight.contiguous(), bias.contiguous(), count_in.contiguous()
-        batch, length, channels = x.shape
-        groups = mean_in.shape[1]
-        tiling = Tiling.of(x, groups)
-        constants = tiling.constants(groups)
-        y = torch.empty_like(x)
-        mean, var = torch.empty_like(mean_in), torch.empty_like(var_in)
-        with on_device_of(x):
-            totals = _totals(x, length, tiling, constants, tiling.segments - 1)
-            before = _doubles(x, batch, tiling.chunks, 3, groups)
-            forward_kernel[tiling.grid(batch, tiling.segments)](
-                *(x, y, weight, bias, count_in, mean_in, var_in, totals, before, mean, var),
-                *(length, tiling.segment, eps),
-                *(*x.stride()[:2], *y.stride()[:2]),
-                **constants,
-            )
-        ctx.save_for_backward(x, weight, mean_in, count_in, before)
-        ctx.eps, ctx.tiling = eps, tiling
-        return y, mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any,
-        grad_y: Tensor,
-        grad_mean: Tensor,
-        grad_var: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, mean_in, count_in, before = ctx.saved_tensors
-        tiling = ctx.tiling
-        batch, length, channels = x.shape
-        groups = mean_in.shape[1]
-        constants = tiling.constants(groups)
-        grad_y = side_by_side(grad_y)
-        grad_mean, grad_var = grad_mean.contiguous(), grad_var.contiguous()
-        grad_x = torch.empty_like(x)
-        grad_mean_in, grad_var_in = torch.empty_like(mean_in), torch.empty_like(mean_in)
-        strides = (*x.stride()[:2], *grad_y.stride()[:2])
-        inputs = (x, grad_y, weight, before, grad_mean, grad_var)
-        sizes = (length, tiling.segment, ctx.eps)
-        with on_device_of(x):
-            totals = _doubles(x, batch, tiling.segments, 2, groups)
-            if tiling.segments > 1:
-                # Only the later segments' totals are needed: the first one's place stays unset.
-                backward_totals_kernel[tiling.grid(batch, tiling.segments - 1)](
-                    *(*inputs, totals, *sizes, *strides), **constants
-                )
-            partial = _doubles(x, batch, tiling.segments, 2, channels)
-            backward_kernel[tiling.grid(batch, tiling.segments)](
-                *inputs,
-                *(totals, count_in, mean_in, grad_x, partial, grad_mean_in, grad_var_in),
-                *(*sizes, *strides, *grad_x.stride()[:2]),
-                **constants,
-            )
-            grad_weight, grad_bias = partial.sum((0, 1)).to(weight.dtype).unbind(0)
-        return grad_x, grad_weight, grad_bias, grad_mean_in, grad_var_in, None, None
-
-
-class _TimestepStatistics(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        x = side_by_side(x)
-        batch, length, _ = x.shape
-        tiling = Tiling.of(x, groups, fewest=PROGRAMS // batch)
-        constants = tiling.constants(groups)
-        with on_device_of(x):
-            totals = _totals(x, length, tiling, constants, tiling.segments)
-        count, means, m2 = totals.unbind(2)
-        mean = (count * means).sum(1) / length
-        var = (m2 + count * (means - mean[:, None]).square()).sum(1) / length
-        ctx.save_for_backward(x, mean)
-        ctx.tiling = tiling
-        return mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any,
-        grad_mean: Tensor,
-        grad_var: Tensor,
-    ) -> tuple[Tensor, None]:
-        x, mean = ctx.saved_tensors
-        tiling, (batch, length, _), groups = ctx.tiling, x.shape, mean.shape[1]
-        scalars = length * tiling.size
-        # slope (x - mean) + grad_mean / scalars, about the rounded mean.
-        rounded = mean.float()
-        slope = grad_var * (2 / scalars)
-        constant = (grad_mean / scalars - slope * (mean - rounded)).float()
-        grad_x = torch.empty_like(x)
-        with on_device_of(x):
-            statistics_backward_kernel[tiling.grid(batch * tiling.chunks, 1)](
-                *(x, grad_x, rounded, slope.float().contiguous(), constant, length),
-                *(*x.stride()[:2], *grad_x.stride()[:2]),
-                **tiling.constants(groups),
-            )
-        return grad_x, None
-
-
-def _doubles(x: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64, device=x.device)
-
-
-def _totals(
-    x: Tensor, length: int, tiling: Tiling, constants: dict[str, Any], segments: int
-) -> Tensor:
-    """(count, mean, M2) of the first segments, float64 [batch, segments, 3, groups]."""
-    batch = x.shape[0]
-    totals = _doubles(x, batch, tiling.segments, 3, constants["G"])
-    if segments:
-        totals_kernel[tiling.grid(batch, segments)](
-            *(x, totals, length, tiling.segment, tiling.segments, *x.stride()[:2]),
-            **constants,
-        )
-    return totals
+    return segments.kept(("tiles", steps, device), make)
 
 
 @triton.jit
-def _rows_and_groups(G: tl.constexpr, GB: tl.constexpr):
-    """A program's batch row and its groups [GB]."""
+def _groups_and_part(G: tl.constexpr, S: tl.constexpr, GB: tl.constexpr, SP: tl.constexpr):
+    """A program's number among those of the same groups, its groups [GB] and channels [GB, SP]."""
     BLOCKS: tl.constexpr = (G + GB - 1) // GB
     program = tl.program_id(0)
-    return (program // BLOCKS).to(tl.int64), program % BLOCKS * GB + tl.arange(0, GB)
+    g = program % BLOCKS * GB + tl.arange(0, GB)
+    s = tl.arange(0, SP)
+    return program // BLOCKS, g, g[:, None] * S + s[None], (g < G)[:, None] & (s < S)[None]
 
 
 @triton.jit
-def _steps_so_far(first, length, T: tl.constexpr):
-    """Of a tile that begins at `first`: how many steps it has, and up to each [T]; float64."""
-    steps = tl.minimum(length - first, T).to(tl.float64)
-    return steps, tl.minimum(tl.arange(0, T) + 1, length - first).to(tl.float64)
+def _steps(tile, length, T: tl.constexpr):
+    """A tile's row and steps [T], and which of these there are."""
+    chunks = tl.cdiv(length, T)
+    t = (tile % chunks).to(tl.int64) * T + tl.arange(0, T)
+    return (tile // chunks).to(tl.int64), t, t < length
 
 
 @triton.jit
-def _deviations(x, real, steps, inside, S: tl.constexpr):
-    """A tile's rough mean [GB], each step's mean about it and its variance [T, GB]; float64.
-
-    x is 0 where there is nothing, `steps` how many of its steps are real. A step's mean is taken
-    twice, so that its error is small beside the step's own spread.
-    """
-    PADDED: tl.constexpr = S < x.shape[2]
-    rough = tl.sum(x, 2) / S
-    centred = x - rough[:, :, None]
-    if PADDED:
-        centred = tl.where(inside[None], centred, 0.0)
-    rest = tl.sum(centred, 2) / S
-    centred -= rest[:, :, None]
-    if PADDED:
-        centred = tl.where(inside[None], centred, 0.0)
-    var = tl.sum(centred * centred, 2) / S
-    shift = tl.sum(rough, 0).to(tl.float64) / tl.maximum(steps, 1.0)
-    mean = rough.to(tl.float64) - shift[None] + rest.to(tl.float64)
-    return shift, tl.where(real[:, None], mean, 0.0), var.to(tl.float64)
+def _places_of(row, t, g, length, G: tl.constexpr):
+    """Where a tile's statistics [T, GB] stand in tables [batch, G, length]."""
+    return (row * G + g)[None] * length + t[:, None]
 
 
 @triton.jit
-def _merge(n, mean, m2, more, more_mean, more_m2):
-    """Statistics of two sets together, one of n steps and one of `more` (Chan et al.)."""
-    both = n + more
-    share = more / tl.maximum(both, 1.0)
-    delta = more_mean - mean
-    return both, mean + delta * share, m2 + more_m2 + delta * delta * (n * share)
+def _load_tile(ptr, row, t, channel, there, step, row_step):
+    """A tile of x or of a gradient, float32 [T, GB, SP]."""
+    at = row * row_step + t[:, None, None] * step + channel[None]
+    return tl.load(ptr + at, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _running(x, real, steps, so_far, inside, n, mean, m2, S: tl.constexpr):
-    """Count [T, 1], mean and M2 [T, GB] at every step, float64, after (n, mean, m2) [GB]."""
-    shift, step_mean, step_var = _deviations(x, real, steps, inside, S)
-    steps = so_far[:, None]
-    s1 = tl.cumsum(step_mean, 0)
-    s2 = tl.cumsum(step_var + step_mean * step_mean, 0)
-    offset = s1 / tl.maximum(steps, 1.0)
-    spread = tl.maximum(s2 - s1 * offset, 0.0)
-    here = shift[None] + offset
-    return _merge(n[None], mean[None], m2[None], steps, here, spread)
+def _store_tile(ptr, value, row, t, channel, there, step, row_step):
+    at = row * row_step + t[:, None, None] * step + channel[None]
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _row(z, which: tl.constexpr, T: tl.constexpr):
-    """Row `which` of z [T, GB]."""
-    return tl.sum(tl.where((tl.arange(0, T) == which)[:, None], z, 0.0), 0)
-
-
-@triton.jit
-def _load_three(pointer, g, groups, there):
-    """(count, mean, M2) of groups g from [3, groups]."""
-    n = tl.load(pointer + g, mask=there, other=0.0)
-    mean = tl.load(pointer + groups + g, mask=there, other=0.0)
-    return n, mean, tl.load(pointer + 2 * groups + g, mask=there, other=0.0)
-
-
-@triton.jit
-def _store_three(pointer, g, groups, there, n, mean, m2):
-    tl.store(pointer + g, n, mask=there)
-    tl.store(pointer + groups + g, mean, mask=there)
-    tl.store(pointer + 2 * groups + g, m2, mask=there)
+def _normed(x, mean_ptr, var_ptr, places, real, eps):
+    """x normalized and x less the rounded mean [T, GB, SP], and 1 / deviation [T, GB]."""
+    mean = tl.load(mean_ptr + places, mask=real, other=0.0)
+    var = tl.load(var_ptr + places, mask=real, other=1.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    high = mean.to(tl.float32)
+    low = (mean - high).to(tl.float32) * rstd
+    centred = x - high[:, :, None]
+    return centred * rstd[:, :, None] - low[:, :, None], centred, rstd
 
 
 @kernel
-def totals_kernel(
+def moments_kernel(
     x_ptr,
-    totals,
-    length,
-    segment,
-    segments,
-    x_batch,
+    tiles_ptr,
+    mean_ptr,
+    var_ptr,
     x_step,
+    x_row,
+    length,
+    tiles,
+    programs,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -339,53 +333,115 @@ def totals_kernel(
     T: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """totals[b, segment] = (count, mean, M2) of this segment alone."""
-    row, g = _rows_and_groups(G, GB)
-    part = tl.program_id(1)
-    s = tl.arange(0, SP)
-    channel = g[:, None] * S + s[None]
-    inside = (g < G)[:, None] & (s < S)[None]
-    n = tl.zeros([GB], tl.float64)
-    mean = tl.zeros([GB], tl.float64)
-    m2 = tl.zeros([GB], tl.float64)
-    last = tl.minimum((part + 1) * segment, tl.cdiv(length, T))
-    for chunk in tl.range(part * segment, last, num_stages=STAGES):
-        t = chunk * T + tl.arange(0, T)
-        real = t < length
+    """Mean and variance of each step's groups, of all tiles or of those listed.
+
+    The mean is taken twice, so that its error is small beside the step's own spread.
+    """
+    part, g, channel, inside = _groups_and_part(G, S, GB, SP)
+    for number in tl.range(part, tiles, programs, num_stages=STAGES):
+        tile = number if tiles_ptr is None else tl.load(tiles_ptr + number)
+        row, t, real = _steps(tile, length, T)
         there = real[:, None, None] & inside[None]
-        at = row * x_batch + t.to(tl.int64)[:, None, None] * x_step + channel[None]
-        x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
-        steps, _so_far = _steps_so_far(chunk * T, length, T)
-        shift, step_mean, step_var = _deviations(x, real, steps, inside, S)
-        s1 = tl.sum(step_mean, 0)
-        s2 = tl.sum(step_var + step_mean * step_mean, 0)
-        offset = s1 / tl.maximum(steps, 1.0)
-        spread = tl.maximum(s2 - s1 * offset, 0.0)
-        n, mean, m2 = _merge(n, mean, m2, steps, shift + offset, spread)
-    to = totals + (row * segments + part) * 3 * G
-    _store_three(to, g, G, g < G, n, mean, m2)
+        x = _load_tile(x_ptr, row, t, channel, there, x_step, x_row)
+        rough = tl.sum(x, 2) / S
+        centred = x - rough[:, :, None]
+        if S < SP:
+            centred = tl.where(inside[None], centred, 0.0)
+        rest = tl.sum(centred, 2) / S
+        centred -= rest[:, :, None]
+        if S < SP:
+            centred = tl.where(inside[None], centred, 0.0)
+        var = tl.sum(centred * centred, 2) / S
+        mean = rough.to(tl.float64) + rest.to(tl.float64)
+        places = _places_of(row, t, g, length, G)
+        known = real[:, None] & (g < G)[None]
+        tl.store(mean_ptr + places, mean, mask=known)
+        tl.store(var_ptr + places, var, mask=known)
+
+
+@triton.jit
+def _segment(places_ptr, G: tl.constexpr):
+    """A program's segment: where its group's steps begin, how many they are, those before them."""
+    program = tl.program_id(0).to(tl.int64)
+    place = places_ptr + program // G * 4
+    return (
+        program,
+        tl.load(place) * G + program % G,
+        tl.load(place + 1),
+        tl.load(place + 2),
+        tl.load(place + 3),
+    )
 
 
 @kernel
-def forward_kernel(
+def scan_kernel(
+    places_ptr,
+    mean_ptr,
+    var_ptr,
+    mean_in,
+    var_in,
+    mean_out,
+    var_out,
+    length,
+    RUNNING: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Of each step's mean and var makes those of all steps up to it, and gives the last.
+
+    With a shift K, the sums S1 and S2 of (x - K) and (x - K)^2 over all scalars up to a step, both
+    divided by D/G, give mean = K + S1/count and var = S2/count - (S1/count)^2. K is among the data,
+    so (mean - K)^2 <= count * var, and the difference keeps its digits.
+    """
+    program, line, start, steps, position = _segment(places_ptr, G)
+    base = line * length + start
+    shift = tl.load(mean_ptr + base)
+    s1 = tl.zeros([1], tl.float64)
+    s2 = tl.zeros([1], tl.float64)
+    if mean_in is not None:
+        if position > 0:
+            shift = tl.load(mean_in + program).to(tl.float64)
+            s2 += position * tl.load(var_in + program).to(tl.float64)
+    else:
+        # Nothing came before, or it does not count.
+        position *= 0
+    for first in tl.range(0, steps, T, num_stages=STAGES):
+        t = first + tl.arange(0, T)
+        real = t < steps
+        mean = tl.where(real, tl.load(mean_ptr + base + t, mask=real, other=0.0) - shift, 0.0)
+        var = tl.load(var_ptr + base + t, mask=real, other=0.0).to(tl.float64)
+        square = var + mean * mean
+        share = 1.0 / (position + 1 + t).to(tl.float64)
+        offset = (s1 + tl.cumsum(mean, 0)) * share
+        spread = tl.maximum((s2 + tl.cumsum(square, 0)) * share - offset * offset, 0.0)
+        s1 += tl.sum(mean, 0)
+        s2 += tl.sum(square, 0)
+        if RUNNING:
+            tl.store(mean_ptr + base + t, offset + shift, mask=real)
+            tl.store(var_ptr + base + t, spread.to(tl.float32), mask=real)
+        end = t == steps - 1
+        to = program + tl.zeros([T], tl.int64)
+        tl.store(mean_out + to, (offset + shift).to(mean_out.dtype.element_ty), mask=end)
+        tl.store(var_out + to, spread.to(var_out.dtype.element_ty), mask=end)
+
+
+@kernel
+def apply_kernel(
     x_ptr,
     y_ptr,
     weight_ptr,
     bias_ptr,
-    count_in,
-    mean_in,
-    var_in,
-    totals,
-    before,
-    mean_out,
-    var_out,
-    length,
-    segment,
+    mean_ptr,
+    var_ptr,
     eps,
-    x_batch,
     x_step,
-    y_batch,
+    x_row,
     y_step,
+    y_row,
+    length,
+    tiles,
+    programs,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -393,115 +449,40 @@ def forward_kernel(
     T: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """y of one segment, and (count, mean, M2) before each of its tiles into `before`."""
-    row, g = _rows_and_groups(G, GB)
-    part = tl.program_id(1)
-    s = tl.arange(0, SP)
-    channel = g[:, None] * S + s[None]
-    inside = (g < G)[:, None] & (s < S)[None]
+    """y of the running mean and var."""
+    part, g, channel, inside = _groups_and_part(G, S, GB, SP)
     gain = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32) + 1.0
     bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-
-    n = tl.load(count_in + row).to(tl.float64) + tl.zeros([GB], tl.float64)
-    mean = tl.load(mean_in + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-    var = tl.load(var_in + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-    mean = tl.where(n > 0, mean, 0.0)
-    m2 = tl.where(n > 0, n * var, 0.0)
-    for earlier in range(0, part):
-        entry = totals + (row * tl.num_programs(1) + earlier) * 3 * G
-        more, more_mean, more_m2 = _load_three(entry, g, G, g < G)
-        n, mean, m2 = _merge(n, mean, m2, more, more_mean, more_m2)
-
-    chunks = tl.cdiv(length, T)
-    last = tl.minimum((part + 1) * segment, chunks)
-    for chunk in tl.range(part * segment, last, num_stages=STAGES):
-        _store_three(before + (row * chunks + chunk) * 3 * G, g, G, g < G, n, mean, m2)
-        t = chunk * T + tl.arange(0, T)
-        real = t < length
+    for tile in tl.range(part, tiles, programs, num_stages=STAGES):
+        row, t, real = _steps(tile, length, T)
         there = real[:, None, None] & inside[None]
-        wide = t.to(tl.int64)[:, None, None]
-        x = tl.load(
-            x_ptr + row * x_batch + wide * x_step + channel[None], mask=there, other=0.0
-        ).to(tl.float32)
-        steps, so_far = _steps_so_far(chunk * T, length, T)
-        counts, means, m2s = _running(x, real, steps, so_far, inside, n, mean, m2, S)
-        var_t = (m2s / tl.maximum(counts, 1.0) + eps).to(tl.float32)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(var_t))
-        high = means.to(tl.float32)
-        low = (means - high).to(tl.float32) * rstd
-        normed = (x - high[:, :, None]) * rstd[:, :, None] - low[:, :, None]
+        x = _load_tile(x_ptr, row, t, channel, there, x_step, x_row)
+        places = _places_of(row, t, g, length, G)
+        known = real[:, None] & (g < G)[None]
+        normed, _centred, _rstd = _normed(x, mean_ptr, var_ptr, places, known, eps)
         y = normed * gain[None] + bias[None]
-        tl.store(
-            y_ptr + row * y_batch + wide * y_step + channel[None],
-            y.to(y_ptr.dtype.element_ty),
-            mask=there,
-        )
-        n += steps
-        mean = _row(means, T - 1, T)
-        m2 = _row(m2s, T - 1, T)
-    if last == chunks:
-        tl.store(mean_out + row * G + g, mean.to(tl.float32), mask=g < G)
-        var = m2 / tl.maximum(n, 1.0)
-        tl.store(var_out + row * G + g, var.to(tl.float32), mask=g < G)
-
-
-@triton.jit
-def _tile_backward(
-    x,
-    grad,
-    gain,
-    real,
-    steps,
-    so_far,
-    inside,
-    at_end,
-    grad_mean,
-    grad_var,
-    n,
-    mean,
-    m2,
-    eps,
-    S: tl.constexpr,
-):
-    """The gradient that a tile's steps send back through the running statistics, and its parts.
-
-    With A, V the running mean and variance of count n: a = dL/dA / n - 2 A v, v = dL/dV / n. A
-    scalar x at step t then gets (sum_{t..} a + 2 x sum_{t..} v) / S from this and later steps.
-    """
-    counts, means, m2s = _running(x, real, steps, so_far, inside, n, mean, m2, S)
-    counts = tl.maximum(counts, 1.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn((m2s / counts + eps).to(tl.float32)))
-    high = means.to(tl.float32)
-    low = (means - high).to(tl.float32)
-    # Where there is nothing it is no zero, but meets a gradient of zero.
-    centred = x - high[:, :, None]
-    normed = centred * rstd[:, :, None] - (low * rstd)[:, :, None]
-    gained = grad * gain[None]
-    to_mean = -tl.sum(gained, 2) * rstd
-    to_var = -0.5 * tl.sum(gained * normed, 2) * rstd * rstd
-    to_mean = to_mean.to(tl.float64) + tl.where(at_end[:, None], grad_mean[None], 0.0)
-    to_var = to_var.to(tl.float64) + tl.where(at_end[:, None], grad_var[None], 0.0)
-    v = to_var / counts
-    a = to_mean / counts - 2.0 * means * v
-    return a, v, means, low, rstd, centred, normed, gained
+        _store_tile(y_ptr, y, row, t, channel, there, y_step, y_row)
 
 
 @kernel
-def backward_totals_kernel(
+def terms_kernel(
     x_ptr,
     grad_ptr,
     weight_ptr,
-    before,
-    grad_mean_ptr,
-    grad_var_ptr,
-    totals,
-    length,
-    segment,
+    mean_ptr,
+    var_ptr,
+    to_mean_ptr,
+    to_var_ptr,
+    weight_parts,
+    bias_parts,
     eps,
-    x_batch,
     x_step,
-    grad_batch,
+    x_row,
     grad_step,
+    grad_row,
+    length,
+    tiles,
+    programs,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -509,157 +490,151 @@ def backward_totals_kernel(
     T: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """totals[b, segment] = sums of `_tile_backward`'s a and v, for all segments but the first."""
-    row, g = _rows_and_groups(G, GB)
-    part = tl.program_id(1) + 1
-    s = tl.arange(0, SP)
-    channel = g[:, None] * S + s[None]
-    inside = (g < G)[:, None] & (s < S)[None]
+    """What y's gradient gives each step's mean and var, and a program's part of the parameters'."""
+    part, g, channel, inside = _groups_and_part(G, S, GB, SP)
     gain = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32) + 1.0
-    grad_mean = tl.load(grad_mean_ptr + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-    grad_var = tl.load(grad_var_ptr + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-    sum_a = tl.zeros([GB], tl.float64)
-    sum_v = tl.zeros([GB], tl.float64)
-    chunks = tl.cdiv(length, T)
-    last = tl.minimum((part + 1) * segment, chunks)
-    for chunk in tl.range(part * segment, last, num_stages=STAGES):
-        t = chunk * T + tl.arange(0, T)
-        real = t < length
-        there = real[:, None, None] & inside[None]
-        wide = t.to(tl.int64)[:, None, None]
-        x = tl.load(
-            x_ptr + row * x_batch + wide * x_step + channel[None], mask=there, other=0.0
-        ).to(tl.float32)
-        grad = tl.load(
-            grad_ptr + row * grad_batch + wide * grad_step + channel[None], mask=there, other=0.0
-        ).to(tl.float32)
-        entry = before + (row * chunks + chunk) * 3 * G
-        n, mean, m2 = _load_three(entry, g, G, g < G)
-        steps, so_far = _steps_so_far(chunk * T, length, T)
-        a, v, _means, _low, _rstd, _centred, _normed, _gained = _tile_backward(
-            *(x, grad, gain, real, steps, so_far, inside, t == length - 1, grad_mean, grad_var),
-            *(n, mean, m2, eps, S),
-        )
-        sum_a += tl.sum(a, 0)
-        sum_v += tl.sum(v, 0)
-    to = totals + (row * (tl.num_programs(1) + 1) + part) * 2 * G
-    tl.store(to + g, sum_a, mask=g < G)
-    tl.store(to + G + g, sum_v, mask=g < G)
-
-
-@kernel
-def backward_kernel(
-    x_ptr,
-    grad_ptr,
-    weight_ptr,
-    before,
-    grad_mean_ptr,
-    grad_var_ptr,
-    totals,
-    count_in,
-    mean_in,
-    grad_x_ptr,
-    partial,
-    grad_mean_in,
-    grad_var_in,
-    length,
-    segment,
-    eps,
-    x_batch,
-    x_step,
-    grad_batch,
-    grad_step,
-    grad_x_batch,
-    grad_x_step,
-    G: tl.constexpr,
-    S: tl.constexpr,
-    GB: tl.constexpr,
-    SP: tl.constexpr,
-    T: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> None:
-    """Gradients of x and of the incoming mean and var, and this segment's of weight and bias."""
-    row, g = _rows_and_groups(G, GB)
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    s = tl.arange(0, SP)
-    channel = g[:, None] * S + s[None]
-    inside = (g < G)[:, None] & (s < S)[None]
-    gain = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32) + 1.0
-    grad_mean = tl.load(grad_mean_ptr + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-    grad_var = tl.load(grad_var_ptr + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-
-    sum_a = tl.zeros([GB], tl.float64)
-    sum_v = tl.zeros([GB], tl.float64)
-    for later in range(part + 1, parts):
-        entry = totals + (row * parts + later) * 2 * G
-        sum_a += tl.load(entry + g, mask=g < G, other=0.0)
-        sum_v += tl.load(entry + G + g, mask=g < G, other=0.0)
     grad_weight = tl.zeros([GB, SP], tl.float64)
     grad_bias = tl.zeros([GB, SP], tl.float64)
-
-    chunks = tl.cdiv(length, T)
-    first = part * segment
-    last = tl.minimum(first + segment, chunks)
-    for back in tl.range(0, last - first, num_stages=STAGES):
-        chunk = last - 1 - back
-        t = chunk * T + tl.arange(0, T)
-        real = t < length
+    for tile in tl.range(part, tiles, programs, num_stages=STAGES):
+        row, t, real = _steps(tile, length, T)
         there = real[:, None, None] & inside[None]
-        wide = t.to(tl.int64)[:, None, None]
-        x = tl.load(
-            x_ptr + row * x_batch + wide * x_step + channel[None], mask=there, other=0.0
-        ).to(tl.float32)
-        grad = tl.load(
-            grad_ptr + row * grad_batch + wide * grad_step + channel[None], mask=there, other=0.0
-        ).to(tl.float32)
-        entry = before + (row * chunks + chunk) * 3 * G
-        n, mean, m2 = _load_three(entry, g, G, g < G)
-        steps, so_far = _steps_so_far(chunk * T, length, T)
-        a, v, means, low, rstd, centred, normed, gained = _tile_backward(
-            *(x, grad, gain, real, steps, so_far, inside, t == length - 1, grad_mean, grad_var),
-            *(n, mean, m2, eps, S),
-        )
+        x = _load_tile(x_ptr, row, t, channel, there, x_step, x_row)
+        grad = _load_tile(grad_ptr, row, t, channel, there, grad_step, grad_row)
+        places = _places_of(row, t, g, length, G)
+        known = real[:, None] & (g < G)[None]
+        # Where there is nothing it is no zero, but meets a gradient of zero.
+        normed, _centred, rstd = _normed(x, mean_ptr, var_ptr, places, known, eps)
+        gained = grad * gain[None]
+        to_mean = -tl.sum(gained, 2) * rstd
+        to_var = -0.5 * tl.sum(gained * normed, 2) * rstd * rstd
+        tl.store(to_mean_ptr + places, to_mean, mask=known)
+        tl.store(to_var_ptr + places, to_var, mask=known)
         grad_weight += tl.sum(grad * normed, 0).to(tl.float64)
         grad_bias += tl.sum(grad, 0).to(tl.float64)
-
-        from_here_a = sum_a[None] + tl.cumsum(a, 0, reverse=True)
-        from_here_v = sum_v[None] + tl.cumsum(v, 0, reverse=True)
-        sum_a = _row(from_here_a, 0, T)
-        sum_v = _row(from_here_v, 0, T)
-        # (a + 2 x v) / S with x = centred + mean, and centred taken about the rounded mean.
-        slope = (from_here_v * (2.0 / S)).to(tl.float32)
-        constant = ((from_here_a + 2.0 * means * from_here_v) / S).to(tl.float32) - slope * low
-        grad_x = gained * rstd[:, :, None] + centred * slope[:, :, None] + constant[:, :, None]
-        tl.store(
-            grad_x_ptr + row * grad_x_batch + wide * grad_x_step + channel[None],
-            grad_x.to(grad_x_ptr.dtype.element_ty),
-            mask=there,
-        )
-
-    to = partial + (row * parts + part) * 2 * (G * S)
-    tl.store(to + channel, grad_weight, mask=inside)
-    tl.store(to + G * S + channel, grad_bias, mask=inside)
-    if part == 0:
-        seen = tl.load(count_in + row).to(tl.float64)
-        mean = tl.load(mean_in + row * G + g, mask=g < G, other=0.0).to(tl.float64)
-        to_mean = tl.where(seen > 0, seen * (sum_a + 2.0 * mean * sum_v), 0.0)
-        tl.store(grad_mean_in + row * G + g, to_mean.to(tl.float32), mask=g < G)
-        tl.store(grad_var_in + row * G + g, (seen * sum_v).to(tl.float32), mask=g < G)
+    to = part * (G * S) + channel
+    tl.store(weight_parts + to, grad_weight, mask=inside)
+    tl.store(bias_parts + to, grad_bias, mask=inside)
 
 
 @kernel
-def statistics_backward_kernel(
+def scan_back_kernel(
+    places_ptr,
+    mean_ptr,
+    first_ptr,
+    second_ptr,
+    mean_in,
+    grad_mean_ptr,
+    grad_var_ptr,
+    grad_mean_in,
+    grad_var_in,
+    size,
+    length,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """Of gradients of each step's mean and var makes a line: x's gradient beside y's own.
+
+    With A and V the running mean and variance of n steps and K a shift: v = dL/dV / n and
+    a = dL/dA / n - 2 (A - K) v. A scalar x of step t gets sum (a + 2 (x - K) v) / (D/G) from step t
+    and those after it: slope (x - A) + constant, with A rounded, and slope and constant take the
+    place of dL/dV and dL/dA.
+    """
+    program, line, start, steps, position = _segment(places_ptr, G)
+    base = line * length + start
+    shift = tl.load(mean_ptr + base)
+    if mean_in is not None:
+        if position > 0:
+            shift = tl.load(mean_in + program).to(tl.float64)
+    grad_mean = tl.load(grad_mean_ptr + program).to(tl.float64)
+    grad_var = tl.load(grad_var_ptr + program).to(tl.float64)
+    sum_a = tl.zeros([1], tl.float64)
+    sum_v = tl.zeros([1], tl.float64)
+    for back in tl.range(0, tl.cdiv(steps, T), num_stages=STAGES):
+        t = (tl.cdiv(steps, T) - 1 - back) * T + tl.arange(0, T)
+        real = t < steps
+        end = t == steps - 1
+        mean = tl.load(mean_ptr + base + t, mask=real, other=0.0)
+        to_mean = tl.load(first_ptr + base + t, mask=real, other=0.0).to(tl.float64)
+        to_var = tl.load(second_ptr + base + t, mask=real, other=0.0).to(tl.float64)
+        share = 1.0 / (position + 1 + t).to(tl.float64)
+        v = (to_var + tl.where(end, grad_var, 0.0)) * share
+        slope = 2.0 * (sum_v + tl.cumsum(v, 0, reverse=True)) / size
+        a = (to_mean + tl.where(end, grad_mean, 0.0)) * share
+        a = tl.where(real, a - 2.0 * (mean - shift) * v, 0.0)
+        rounded = mean.to(tl.float32).to(tl.float64)
+        constant = (sum_a + tl.cumsum(a, 0, reverse=True)) / size + slope * (rounded - shift)
+        sum_a += tl.sum(a, 0)
+        sum_v += tl.sum(v, 0)
+        tl.store(first_ptr + base + t, constant.to(tl.float32), mask=real)
+        tl.store(second_ptr + base + t, slope.to(tl.float32), mask=real)
+    one = tl.arange(0, 1)
+    fresh = position == 0
+    to_mean = tl.where(fresh, 0.0, position * sum_a)
+    to_var = tl.where(fresh, 0.0, position * sum_v)
+    tl.store(grad_mean_in + program + one, to_mean.to(tl.float32))
+    tl.store(grad_var_in + program + one, to_var.to(tl.float32))
+
+
+@kernel
+def input_gradient_kernel(
+    x_ptr,
+    grad_ptr,
+    grad_x_ptr,
+    weight_ptr,
+    mean_ptr,
+    var_ptr,
+    constant_ptr,
+    slope_ptr,
+    eps,
+    x_step,
+    x_row,
+    grad_step,
+    grad_row,
+    grad_x_step,
+    grad_x_row,
+    length,
+    tiles,
+    programs,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    GB: tl.constexpr,
+    SP: tl.constexpr,
+    T: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """grad_x = grad gain / deviation + slope (x - mean) + constant."""
+    part, g, channel, inside = _groups_and_part(G, S, GB, SP)
+    gain = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32) + 1.0
+    for tile in tl.range(part, tiles, programs, num_stages=STAGES):
+        row, t, real = _steps(tile, length, T)
+        there = real[:, None, None] & inside[None]
+        x = _load_tile(x_ptr, row, t, channel, there, x_step, x_row)
+        grad = _load_tile(grad_ptr, row, t, channel, there, grad_step, grad_row)
+        places = _places_of(row, t, g, length, G)
+        known = real[:, None] & (g < G)[None]
+        constant = tl.load(constant_ptr + places, mask=known, other=0.0)[:, :, None]
+        slope = tl.load(slope_ptr + places, mask=known, other=0.0)[:, :, None]
+        _normed_x, centred, rstd = _normed(x, mean_ptr, var_ptr, places, known, eps)
+        grad_x = grad * gain[None] * rstd[:, :, None] + centred * slope + constant
+        _store_tile(grad_x_ptr, grad_x, row, t, channel, there, grad_x_step, grad_x_row)
+
+
+@kernel
+def spread_kernel(
     x_ptr,
     grad_x_ptr,
+    owner_ptr,
     mean_ptr,
     slope_ptr,
     constant_ptr,
-    length,
-    x_batch,
     x_step,
-    grad_batch,
+    x_row,
     grad_step,
+    grad_row,
+    length,
+    tiles,
+    programs,
     G: tl.constexpr,
     S: tl.constexpr,
     GB: tl.constexpr,
@@ -667,25 +642,17 @@ def statistics_backward_kernel(
     T: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """grad_x = slope (x - mean) + constant, the three of each batch row and group."""
-    row, g = _rows_and_groups(G, GB)
-    chunks = tl.cdiv(length, T)
-    chunk = (row % chunks).to(tl.int32)
-    row = row // chunks
-    s = tl.arange(0, SP)
-    channel = g[:, None] * S + s[None]
-    t = chunk * T + tl.arange(0, T)
-    there = (t < length)[:, None, None] & ((g < G)[:, None] & (s < S)[None])[None]
-    mean = tl.load(mean_ptr + row * G + g, mask=g < G, other=0.0)[None, :, None]
-    slope = tl.load(slope_ptr + row * G + g, mask=g < G, other=0.0)[None, :, None]
-    constant = tl.load(constant_ptr + row * G + g, mask=g < G, other=0.0)[None, :, None]
-    wide = t.to(tl.int64)[:, None, None]
-    x = tl.load(x_ptr + row * x_batch + wide * x_step + channel[None], mask=there, other=0.0).to(
-        tl.float32
-    )
-    grad_x = (x - mean) * slope + constant
-    tl.store(
-        grad_x_ptr + row * grad_batch + wide * grad_step + channel[None],
-        grad_x.to(grad_x_ptr.dtype.element_ty),
-        mask=there,
-    )
+    """grad_x = slope (x - mean) + constant, the three of a step's segment; 0 of no segment."""
+    part, g, channel, inside = _groups_and_part(G, S, GB, SP)
+    for tile in tl.range(part, tiles, programs, num_stages=STAGES):
+        row, t, real = _steps(tile, length, T)
+        there = real[:, None, None] & inside[None]
+        owner = tl.load(owner_ptr + row * length + t, mask=real, other=-1)
+        places = owner.to(tl.int64)[:, None] * G + g[None]
+        owned = (owner >= 0)[:, None] & (g < G)[None]
+        x = _load_tile(x_ptr, row, t, channel, there & owned[:, :, None], x_step, x_row)
+        mean = tl.load(mean_ptr + places, mask=owned, other=0.0)[:, :, None]
+        slope = tl.load(slope_ptr + places, mask=owned, other=0.0)[:, :, None]
+        constant = tl.load(constant_ptr + places, mask=owned, other=0.0)[:, :, None]
+        grad_x = (x - mean) * slope + constant
+        _store_tile(grad_x_ptr, grad_x, row, t, channel, there, grad_step, grad_row)

@@ -27,7 +27,7 @@ TILES = {
 CEMA = [{"CHANNELS": c, "WARPS": w} for c, w in ((8, 8), (4, 4), (4, 8), (16, 8))]
 CEMA += [{"PROGRAMS": p} for p in (64, 256, 512)]
 NORM = [{"TILE": t, "STAGES": s} for t in (1024, 2048, 4096) for s in (1, 3)]
-NORM += [{"PROGRAMS": p} for p in (128, 256, 1024)]
+NORM += [{"PROGRAMS": p} for p in (1024, 4096, 16384)] + [{"SCAN": s} for s in (512, 2048)]
 
 
 def candidates(rehearse):

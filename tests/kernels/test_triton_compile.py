@@ -33,9 +33,10 @@ def test_all_kernels_are_launched():
         launch.name for launch in launches(train, EVERY["CEMA"], SIZES["tiny"], torch.float32)
     }
     assert names == {
-        *("timestep_norm.totals_kernel", "timestep_norm.forward_kernel"),
-        *("timestep_norm.backward_totals_kernel", "timestep_norm.backward_kernel"),
-        "timestep_norm.statistics_backward_kernel",
+        *("timestep_norm.moments_kernel", "timestep_norm.scan_kernel"),
+        *("timestep_norm.apply_kernel", "timestep_norm.terms_kernel"),
+        *("timestep_norm.scan_back_kernel", "timestep_norm.input_gradient_kernel"),
+        "timestep_norm.spread_kernel",
         *("cema.forward_kernel", "cema.backward_kernel"),
         *("chunked_attention.forward_kernel", "chunked_attention.delta_kernel"),
         *("chunked_attention.scores_kernel", "chunked_attention.product_kernel"),
