@@ -155,7 +155,7 @@ def judgement(judge, tokens):
 
 def relative(actual, expected):
     """The error against what jax returned."""
-    return error(actual, torch.from_numpy(np.array(expected)))
+    return error(actual, torch.tensor(np.asarray(expected)))
 
 
 @pytest.mark.parametrize("name", CASES)

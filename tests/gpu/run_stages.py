@@ -42,7 +42,7 @@ def plans(rehearse):
     if rehearse:
         # Each card and each type: no card is asked. Every pair is compiled by the newer Triton of
         # tests/kernels/test_triton_compile.py.
-        sizes = f"80:7b-paper:float32 90:7b-paper:{types} 100:7b-paper:bfloat16"
+        sizes = "80:7b-paper:float32 90:7b-paper:bfloat16 100:7b-paper:bfloat16"
     else:
         sizes = f"90:7b-paper:{types} 90:200m:{types},float16 90:1.3b:{types}"
     return [
