@@ -32,8 +32,8 @@ def median_seconds(function: Callable[[], object], seconds: float = 3.0, most: i
 
 
 def cema_inputs(batch: int, length: int, channels: int = 1024) -> tuple:
-    """x [batch, length, channels] and CEMA's parameters with 16 dimensions, all leaves."""
-    x = torch.randn(batch, length, channels, requires_grad=True)
+    """x [length, batch, channels] and CEMA's parameters with 16 dimensions, all leaves."""
+    x = torch.randn(length, batch, channels, requires_grad=True)
     shapes = ((channels, 16, 1), (channels, 16, 1), (channels, 1, 1), (channels, 16, 2))
     parameters = [torch.randn(*shape, requires_grad=True) for shape in (*shapes, (channels, 1))]
     return x, parameters

@@ -20,8 +20,8 @@ from operators import EPS, Shape
 def cema_by_fft(
     x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, omega: Tensor
 ) -> Tensor:
-    """CEMA of [batch, length, D] as one convolution with its response, by torch.fft."""
-    length = x.shape[1]
+    """CEMA of [length, batch, D] as one convolution with its response, by torch.fft."""
+    length = len(x)
     p, log_magnitude, turns = coefficients(alpha, delta, theta)
     readout = torch.view_as_complex(gamma) * p.float() / math.sqrt(alpha.shape[1])
     steps = torch.arange(length, device=x.device)
@@ -30,8 +30,8 @@ def cema_by_fft(
         q = powers(log_magnitude[:, n : n + 1], turns[:, n : n + 1], steps)[..., 0]
         response = response + (readout[:, n : n + 1] * q).real
     size = 2 * length
-    spectrum = torch.fft.rfft(x.transpose(1, 2), n=size) * torch.fft.rfft(response, n=size)
-    y = torch.fft.irfft(spectrum, n=size)[..., :length].transpose(1, 2)
+    spectrum = torch.fft.rfft(x.permute(1, 2, 0), n=size) * torch.fft.rfft(response, n=size)
+    y = torch.fft.irfft(spectrum, n=size)[..., :length].permute(2, 0, 1)
     return y + omega[:, 0] * x
 
 

@@ -8,59 +8,20 @@ of T steps is
 
 with K[i, j] = Re(sum_n gamma_n p_n q_n^(i-j)) / sqrt(N) for j <= i (plus omega on the diagonal),
 R the response of the outputs to the incoming state, W what the inputs leave in the state, and Q
-the multiplication by q^T.
+the multiplication by q^T. That is done in double by who scans, so that zeros stand for Q here; its
+gradient counts.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .coefficients import coefficients, powers
-
-# Steps in a block, halved where there are so few in all that building the maps costs most.
-BLOCK = 32
-FEW_STEPS = 1024
-
-
-class BlockMaps(NamedTuple):
-    """The block maps of a group of c channels, for a length that leaves `tail` steps over."""
-
-    map: Tensor
-    """[c, T+2N, T+2N], with its graph."""
-    end_map: Tensor
-    """[c, 2N, T+2N]: the state after the last step, from a block of which `tail` steps are real."""
-    q_block: Tensor
-    """complex128 [c, N]: q^T. In double, since a rounded one would compound over the blocks."""
-    block: int
-
-    @classmethod
-    def of(cls, x: Tensor, params: list[Tensor]) -> BlockMaps:
-        alpha, delta, theta, gamma, omega = params
-        batch, length, _ = x.shape
-        block = BLOCK if batch * length > FEW_STEPS else BLOCK // 2
-        # Even, so that the pairs after the block's values can be viewed as complex numbers.
-        block = min(block, length + length % 2)
-        tail = length % block
-        p, log_magnitude, turns = coefficients(alpha, delta, theta)
-        whole = block_map(p, log_magnitude, turns, gamma, omega, block)
-        # The state after the last step: from a whole block, or from one of only `tail` steps.
-        end_map = whole[:, block:]
-        if tail:
-            write = end_map[..., block - tail : block]
-            gap = write.new_zeros(*write.shape[:2], block - tail)
-            steps = torch.tensor([tail], device=x.device)
-            rotation = _rotation(powers(log_magnitude, turns, steps, whole.dtype)[:, 0])
-            end_map = torch.cat([write, gap, rotation], dim=-1)
-        with torch.no_grad():
-            steps = torch.tensor([block], device=x.device)
-            q_block = powers(log_magnitude, turns, steps, torch.float64)[:, 0]
-        return cls(whole, end_map, q_block, block)
+from .coefficients import powers
 
 
 def as_complex(pairs: Tensor) -> Tensor:
@@ -104,7 +65,7 @@ class _BlockMap(torch.autograd.Function):
     def forward(ctx, p, log_magnitude, turns, gamma, omega, block):  # noqa: ANN001, ANN205
         channels, ndim = p.shape
         real = gamma.dtype
-        q_powers = _first_powers(log_magnitude, turns, block, real)
+        q_powers = first_powers(log_magnitude, turns, block, real)
         readout = torch.view_as_complex(gamma.contiguous()) / math.sqrt(ndim)
         p = p.to(real)
         ctx.save_for_backward(p, q_powers, readout)
@@ -122,7 +83,7 @@ class _BlockMap(torch.autograd.Function):
         whole[:, :block, :block] = (taps @ basis).unflatten(1, (block, block))
         writes = torch.view_as_real((p[:, None] * q_powers).index_select(1, _backwards(block, p)))
         whole[:, block:, :block].unflatten(1, (ndim, 2)).copy_(writes.permute(0, 2, 3, 1))
-        whole[:, block:, block:] = _rotation(q_powers[:, block])
+        whole[:, block:, block:] = 0
         return whole
 
     @staticmethod
@@ -173,13 +134,15 @@ def _backwards(steps: int, like: Tensor) -> Tensor:
     return torch.arange(steps - 1, -1, -1, device=like.device)
 
 
-def _first_powers(log_magnitude: Tensor, turns: Tensor, last: int, dtype: torch.dtype) -> Tensor:
+def first_powers(log_magnitude: Tensor, turns: Tensor, last: int, dtype: torch.dtype) -> Tensor:
     """q^0..q^last of [c, N] as complex [c, last + 1, N]: every eighth times the first eight."""
     step = 8
     coarse = torch.arange(0, last + 1, step, device=turns.device)
     fine = torch.arange(step, device=turns.device)
     coarse, fine = (powers(log_magnitude, turns, t, dtype) for t in (coarse, fine))
-    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, : last + 1]
+    result = (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, : last + 1]
+    # Of no weight in a sum, and denormal numbers take a processor a hundred times as long.
+    return result.masked_fill_(result.abs() < 1e-30, 0)
 
 
 def _weighted_sums(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,12 +157,3 @@ def _rotation_entries(matrix: Tensor) -> Tensor:
     ndim = matrix.shape[1] // 2
     blocks = matrix.unflatten(2, (ndim, 2)).unflatten(1, (ndim, 2))
     return blocks.diagonal(dim1=1, dim2=3).permute(1, 2, 0, 3)
-
-
-def _rotation(q: Tensor) -> Tensor:
-    """Multiplication by q [c, N] as a real matrix on interleaved pairs: [c, 2N, 2N]."""
-    real, imag = q.real, q.imag
-    two_by_two = torch.stack([torch.stack([real, -imag]), torch.stack([imag, real])])
-    # [2, 2, c, N] -> [c, 2, 2, N] -> the N on a diagonal: [c, N, 2, N, 2]
-    matrix = torch.diag_embed(two_by_two.permute(2, 0, 1, 3), dim1=1, dim2=3)
-    return matrix.flatten(3, 4).flatten(1, 2)

@@ -4,12 +4,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from ..segments import Segments
 from ..types import compute_dtype
-from . import maps
 from .coefficients import coefficients, powers
-from .scan import BlockScan
+from .scan import BlockScan, Summary
 
 # Up to this length the plain recurrence costs less than building a block's map.
 SHORT = 16
@@ -22,63 +21,47 @@ def cema_portable(
     theta: Tensor,
     gamma: Tensor,
     omega: Tensor,
+    segments: Segments,
     state: Tensor | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The torch path of :func:`megalodon_mcore.kernels.cema.cema`: same arguments, unchecked."""
-    batch, length, channels = x.shape
-    if state is None:
-        shape = (batch, channels, alpha.shape[1])
-        state = torch.zeros(shape, dtype=compute_dtype(x).to_complex(), device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        if length <= SHORT:
-            y, state_out = _recurrence(x, alpha, delta, theta, gamma, omega, state)
-        else:
-            y, state_out = BlockScan.apply(
-                x, alpha, delta, theta, gamma, omega, state, return_state
-            )
-    return y, state_out if return_state else None
+        if not x.numel() or (segments.whole_rows and x.shape[0] <= SHORT):
+            y, after = _recurrence(x, alpha, delta, theta, gamma, omega, segments, state)
+            return y, after if return_state else None
+        y = BlockScan.apply(x, alpha, delta, theta, gamma, omega, segments, state)
+        if not return_state:
+            return y, None
+        after = cema_summary_portable(x, alpha, delta, theta, segments)
+        return y, after_segments(after, alpha, delta, theta, segments, state)
 
 
-def cema_response_portable(
-    state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
+def cema_summary_portable(
+    x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, segments: Segments
 ) -> Tensor:
-    """The torch path of :func:`megalodon_mcore.kernels.cema.cema_response`, unchecked."""
-    with torch.autocast(state.device.type, enabled=False):
-        # Backward saves the arguments alone: powers of every block take more than the result.
-        return checkpoint(
-            _response,
-            state,
-            alpha,
-            delta,
-            theta,
-            gamma,
-            length,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+    """The torch path of :func:`megalodon_mcore.kernels.cema.cema_summary`, unchecked."""
+    with torch.autocast(x.device.type, enabled=False):
+        p, log_magnitude, turns = coefficients(alpha, delta, theta)
+        return p.to(compute_dtype(x)) * Summary.apply(x, log_magnitude, turns, segments)
 
 
-def _response(
-    state: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor, length: int
+def after_segments(
+    summary: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    theta: Tensor,
+    segments: Segments,
+    state: Tensor | None,
 ) -> Tensor:
-    """y_t = Re(readout q^(t+1) h), q^(t+1) split into q^(block start) and q^(step + 1)."""
-    batch, channels, ndim = state.shape
-    real = state.dtype.to_real()
-    block = min(maps.BLOCK, length)
-    blocks = -(-length // block)
+    """h after segments [S, D, N]: what they add to zero, and what is left of h before them."""
+    if not segments.continued:
+        return summary
     _, log_magnitude, turns = coefficients(alpha, delta, theta)
-    starts = torch.arange(blocks, device=state.device) * block
-    steps = torch.arange(1, block + 1, device=state.device)
-    # [batch, D, blocks, N]: the state that every block starts with.
-    h = state[:, :, None] * powers(log_magnitude, turns, starts, real)
-    readout = torch.view_as_complex(gamma.contiguous())[:, None] / math.sqrt(ndim)
-    readout = readout * powers(log_magnitude, turns, steps, real)
-    # Re(c h) = Re(c) Re(h) - Im(c) Im(h), as one product per channel.
-    response = torch.view_as_real(readout.conj().resolve_conj()).flatten(2)
-    h = torch.view_as_real(h).flatten(3).transpose(0, 1).flatten(1, 2)
-    y = torch.bmm(h, response.mT).view(channels, batch, blocks * block)
-    return y.permute(1, 2, 0)[:, :length]
+    real = summary.dtype.to_real()
+    left = powers(log_magnitude, turns, segments.tensor("length", summary.device), real)
+    continued = segments.tensor("position", summary.device)[:, None, None] > 0
+    return summary + left.transpose(0, 1) * torch.where(continued, state, 0)
 
 
 def _recurrence(
@@ -88,18 +71,20 @@ def _recurrence(
     theta: Tensor,
     gamma: Tensor,
     omega: Tensor,
-    state: Tensor,
+    segments: Segments,
+    state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The equations step by step, under ordinary autograd; arguments as `cema`'s."""
-    if x.shape[1] == 0:
-        return x.clone(), state
+    """The equations step by step, under ordinary autograd; each row is a segment."""
     p, log_magnitude, turns = coefficients(alpha, delta, theta)
     p = p.to(gamma.dtype)
     # q and the products with it in double: a rounded q would compound over the steps of a stream.
     q = torch.polar(log_magnitude.exp(), 2 * math.pi * turns)
     readout = torch.view_as_complex(gamma.contiguous()) / math.sqrt(alpha.shape[1])
+    if not segments.continued:
+        state = readout.new_zeros(len(segments), *readout.shape)
     outputs = []
-    for x_t in x.to(p.dtype).unbind(1):
+    for x_t in x.to(p.dtype).unbind(0):
         state = (q * state).to(readout.dtype) + p * x_t[..., None]
         outputs.append((readout * state).real.sum(-1) + omega[:, 0] * x_t)
-    return torch.stack(outputs, dim=1).to(x.dtype), state
+    y = torch.stack(outputs) if outputs else x.clone()
+    return y.to(x.dtype), state
