@@ -15,7 +15,7 @@ import test_gates as of_gates
 import test_query_key as of_query_key
 import test_row_norm as of_row_norm
 import test_timestep_norm as of_timestep_norm
-from comparing import error
+from comparing import error, random_segments
 from megalodon_mcore import cpu
 
 
@@ -63,14 +63,9 @@ def test_values_and_gradients(compiled, of, name, shape):
 
 
 def test_query_key(compiled):
-    torch.manual_seed(0)
-    leaves = of_query_key.inputs(2, 19, 2, 10)
     before = compiled()
-    actual = of_query_key.run(of_query_key.query_key, leaves, 13, 8)
+    of_query_key.compare(random_segments(1, 60), 2, 10, 8)
     assert compiled() - before >= 2 and not counters["graph_break"]
-    wanted = of_query_key.run(of_query_key.query_key_naive, leaves, 13, 8, torch.float64)
-    for a, w in zip(actual, wanted, strict=True):
-        assert a.dtype == torch.float32 and error(a, w) < of_query_key.FLOAT32
 
 
 @pytest.mark.parametrize("offset", [0.0, 2e4])
