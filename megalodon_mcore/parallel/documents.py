@@ -119,8 +119,9 @@ def _check_group(packed_seq_params: Any, cp_group: ProcessGroup) -> None:
     size, group = packed_seq_params.local_cp_size, packed_seq_params.cp_group
     if size is None and group is not None:
         size = group.size()
-    same = group is None or group is cp_group or _ranks(group) == _ranks(cp_group)
-    if size in (None, cp_group.size()) and same:
+    if size in (None, cp_group.size()) and (
+        group is None or group is cp_group or _ranks(group) == _ranks(cp_group)
+    ):
         return
     raise ValueError(
         f"the micro-batch was cut over {size} ranks of its own (local_cp_size, cp_group), and the "

@@ -6,13 +6,13 @@ off where a card rounds to bfloat16.
 
 import pytest
 import torch
+
+from comparing import BFLOAT16, error, poisoned
 from megalodon_mcore.kernels.chunked_attention import (
     AttentionState,
     chunked_attention,
     chunked_attention_naive,
 )
-
-from comparing import BFLOAT16, error, poisoned
 from test_chunked_attention import FLOAT32, draws_for, random_inputs, run
 
 pytestmark = pytest.mark.interpreted

@@ -7,7 +7,7 @@ from training.packed_samples import (
     document_prefixes,
     marked_tokenizer,
 )
-from training.runs import MODEL, SCHEDULE, launch, save_to, train
+from training.runs import MODEL, SCHEDULE, save_to, train
 
 PRETRAIN = ("-m", "megalodon_mcore", "pretrain")
 MASKING = "--dataloader-inter-document-masking"

@@ -3,8 +3,8 @@
 import pytest
 
 from training.packed_samples import conversations, document_prefixes, marked_tokenizer
-from training.runs import MODEL, SCHEDULE, launch, save_to, train
-from training.test_packed_data import LAYOUTS, MASKING, PADDING, SHORT, TENSOR, assert_same
+from training.runs import MODEL, SCHEDULE, save_to, train
+from training.test_packed_data import LAYOUTS, MASKING, SHORT, assert_same
 from training.test_stock_script import CHECKOUT, POSITIONS, WITHOUT_APEX, pytestmark, script
 
 __all__ = ["pytestmark"]
