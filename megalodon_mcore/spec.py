@@ -250,10 +250,13 @@ def _arguments_in_checkpoint(arguments: Namespace) -> Namespace | None:
 def _say_what_the_checkpoint_had(arguments: Namespace, resolved: MegalodonConfig) -> None:
     """A line for each value that is another than that which --load was trained with."""
     folder = getattr(arguments, "load", None)
-    if folder is None or getattr(arguments, "rank", 0) != 0:
+    if folder is None:
         return
-    for line in _differences(folder, resolved):
-        logger.warning(line)
+    # On every rank, since Megatron compares what they read.
+    lines = _differences(folder, resolved)
+    if getattr(arguments, "rank", 0) == 0:
+        for line in lines:
+            logger.warning(line)
 
 
 @functools.lru_cache
