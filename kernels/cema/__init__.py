@@ -83,6 +83,9 @@ def cema_summary(
     segments = checked_segments(x, segments)
     if alpha.dim() != 3 or x.shape[-1] != alpha.shape[0]:
         raise ValueError(f"alpha is {list(alpha.shape)}; for x {list(x.shape)} it is [D, N, 1].")
+    if not len(segments):
+        dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+        return torch.zeros(0, *alpha.shape[:2], dtype=dtype, device=x.device)
     if x.numel() and use_triton(x):
         from .triton import cema_summary_triton
 

@@ -1,5 +1,6 @@
 """TimestepNorm: group normalisation by the mean and variance of everything seen so far."""
 
+import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
@@ -84,6 +85,8 @@ def timestep_statistics(
             "length at least 1 and num_groups must divide D."
         )
     segments = checked_segments(x, segments)
+    if not len(segments):
+        return (x.new_zeros(0, num_groups, dtype=torch.float64),) * 2
     if x.numel() and use_triton(x):
         from .triton import timestep_statistics_triton
 
