@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from argparse import Namespace
 
@@ -24,6 +25,7 @@ def prepare(args: Namespace) -> None:
     _check_validation_sets(args, splits[1])
     _check_single_passes(args, splits)
     full_validation.prepare(args)
+    _weigh_tokens_alike(args)
 
 
 def samples_to_build(args: Namespace, num_samples: list[int | None]) -> list[int | None]:
@@ -36,6 +38,26 @@ def samples_to_build(args: Namespace, num_samples: list[int | None]) -> list[int
     if valid is not None and args.start_eval_at_iter:
         valid += args.eval_iters * args.eval_global_batch_size
     return [None if number is None else max(1, number) for number in (train, valid, test)]
+
+
+def _weigh_tokens_alike(args: Namespace) -> None:
+    """Makes evaluation's loss the mean over tokens with --sft too.
+
+    There Megatron takes the mean of every rank's micro-batches, whose answers are of any length.
+    """
+    args.packs_conversations = args.sft
+    if not args.sft:
+        return
+    from megatron.training import training
+
+    evaluate = training.evaluate
+
+    @functools.wraps(evaluate)
+    def evaluate_by_tokens(*arguments: object, **options: object) -> object:
+        with full_validation.changed(args, sft=False):
+            return evaluate(*arguments, **options)
+
+    training.evaluate = evaluate_by_tokens
 
 
 def _check_intervals(args: Namespace) -> None:
@@ -116,7 +138,7 @@ def _check_single_passes(args: Namespace, splits: list[SplitData | None]) -> Non
         if split is None or not split.tokens:
             continue
         whole = name == "validation" and args.full_validation
-        samples = [(tokens - 1) // args.seq_length for tokens in split.tokens]
+        samples = split.samples(args.seq_length)
         if whole and (not all(samples) if args.multiple_validation_sets else not sum(samples)):
             raise ValueError(
                 f"--full-validation takes samples of --seq-length {args.seq_length} and one more "

@@ -55,7 +55,7 @@ def _set_by_set(evaluate: Callable, args: Namespace, test_iterations: int) -> Ca
             one, iterations = True, test_iterations
         else:
             return
-        with _changed(
+        with changed(
             args, eval_iters=iterations, full_validation=False, multiple_validation_sets=not one
         ):
             evaluate(prefix, forward_step, iterators, *arguments, **options)
@@ -64,7 +64,8 @@ def _set_by_set(evaluate: Callable, args: Namespace, test_iterations: int) -> Ca
 
 
 @contextmanager
-def _changed(args: Namespace, **values: object) -> Iterator[None]:
+def changed(args: Namespace, **values: object) -> Iterator[None]:
+    """Other values of arguments for a while."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:

@@ -1,8 +1,8 @@
 """Corrections of Megatron-Core that Megalodon needs and no spec or option can make.
 
-All are about optimizer checkpoints. Megatron's own models never mixed bf16 and float32
+Most are about optimizer checkpoints. Megatron's own models never mixed bf16 and float32
 parameters, and its developers always have apex or Transformer Engine. The last ones concern any
-model: one would lose data, one refuses a new learning rate.
+model: one would lose data, one refuses a new learning rate, two are about packed conversations.
 
 Whether a correction is needed is asked of the installed code: several versions are in use, and
 what one lacks another has. Where Megatron has it, ours stays out.
@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core import utils
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor
 
 from megalodon_mcore import param_group_schedules
+from megalodon_mcore.parallel.documents import partitioned_indices
 
 
 def apply() -> None:
@@ -40,6 +45,8 @@ def apply() -> None:
     if not _uses(DistributedOptimizer.sharded_param_state_fully_reshardable, "buckets"):
         _leave_padding_out_of_saved_offsets()
     param_group_schedules.load_new_schedules()
+    _cut_documents_on_a_cpu()
+    _count_conversations()
 
 
 def _uses(method: Callable, name: str) -> bool:
@@ -227,3 +234,36 @@ def _leave_padding_out_of_saved_offsets() -> None:
                 buffer.param_index_map = offsets
 
     _replace(DistributedOptimizer, name, save_by_unpadded_offsets)
+
+
+def _cut_documents_on_a_cpu() -> None:
+    """Lets Megatron cut packed conversations over ranks where Transformer Engine can't do it.
+
+    It asks Transformer Engine for each rank's positions, which is not installed everywhere, and
+    whose function takes tensors on a GPU alone.
+    """
+    engine = getattr(utils, "tex", None)
+
+    def indices(cu_seqlens: Tensor, total_tokens: int, size: int, rank: int) -> Tensor:
+        if engine is not None and cu_seqlens.device.type == "cuda":
+            return engine.thd_get_partitioned_indices(cu_seqlens, total_tokens, size, rank)
+        return partitioned_indices(cu_seqlens, total_tokens, size, rank)
+
+    utils.tex = SimpleNamespace(thd_get_partitioned_indices=indices)
+
+
+def _count_conversations() -> None:
+    """Lets Megatron evaluate every packed conversation, with --sft and --full-validation.
+
+    It then asks for no number of samples, and its dataset of conversations answers with that.
+    """
+    module = sys.modules.get("megatron.training.datasets.sft_dataset")
+    if module is None:
+        return
+    length = module.SFTDataset.__len__
+
+    @functools.wraps(length)
+    def number_of_samples(self: Any) -> int:
+        return len(self.indices) if self.num_samples is None else length(self)
+
+    _replace(module.SFTDataset, "__len__", number_of_samples)

@@ -89,8 +89,11 @@ HONOURED_BY_MEGATRON = frozenset(
     dataloader_defer_npy_index_mmap data_cache_path mmap_bin_files mock_data seq_length
     encoder_seq_length num_workers eod_mask_loss create_attention_mask_in_dataloader
     num_dataset_builder_threads object_storage_cache_path mid_level_dataset_surplus
-    allow_ambiguous_pad_tokens vocab_size padded_vocab_size pad_vocab_size vocab_file merge_file
-    vocab_extra_ids tokenizer_type tokenizer_model metadata_path special_tokens tiktoken_pattern
+    fim_data fim_rate fim_spm_rate fim_split_sample fim_fragment_rate fim_no_prefix
+    fim_prefix_token fim_middle_token fim_suffix_token fim_pad_token fim_eod_token
+    sft_tokenizer_prompt_format allow_ambiguous_pad_tokens vocab_size padded_vocab_size
+    pad_vocab_size vocab_file merge_file vocab_extra_ids tokenizer_type tokenizer_model
+    metadata_path special_tokens tiktoken_pattern
     tiktoken_num_special_tokens tokenizer_sentencepiece_legacy
     tokenizer_sentencepiece_ignore_extra_whitespaces tokenizer_hf_no_use_fast
     tokenizer_hf_no_include_special_tokens trust_remote_code null_tokenizer_eod_id
@@ -129,7 +132,7 @@ HONOURED_BY_MEGALODON = frozenset(
     num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 transformer_impl encoder_num_layers
     position_embedding_type use_rotary_position_embeddings rotary_base add_position_embedding
     swiglu untie_embeddings_and_output_weights recompute_activations no_persist_layer_norm
-    attention_softmax_in_fp32 fp32_residual_connection spec
+    attention_softmax_in_fp32 fp32_residual_connection spec dataloader_inter_document_masking sft
     """.split()
 )
 """By the layers, or by both."""
@@ -301,8 +304,7 @@ NOT_IN_PRETRAIN = {
         freeze_all_layers
     """,
     "is for Megatron's own pretrain_gpt.py": """
-        fim_data fim_rate fim_spm_rate fim_split_sample fim_fragment_rate fim_no_prefix
-        fim_prefix_token fim_middle_token fim_suffix_token fim_pad_token fim_eod_token yaml_cfg
+        yaml_cfg
         inprocess_restart inprocess_max_iterations inprocess_monitor_thread_interval
         inprocess_monitor_process_interval inprocess_progress_watchdog_interval
         inprocess_heartbeat_interval inprocess_soft_timeout inprocess_hard_timeout
@@ -313,16 +315,13 @@ NOT_IN_PRETRAIN = {
 }
 """Arguments that only another program honours or Megatron 0.19 loses, by what is in the way."""
 
-NO_DOCUMENTS = {
-    "puts the bounds of documents into a mask that no Megalodon layer sees; "
-    "--dataloader-inter-document-masking is the way to keep them apart, not supported yet": """
+BOUNDS_IN_MASKS = {
+    "puts the bounds of documents into a mask that no Megalodon layer sees, where "
+    "--dataloader-inter-document-masking keeps documents apart": """
         reset_position_ids reset_attention_mask
     """,
-    "packs documents into a sample, which no layer of Megalodon keeps apart yet": """
-        dataloader_inter_document_masking sft sft_tokenizer_prompt_format
-    """,
 }
-"""Arguments that ask for documents to be kept apart, by what would become of them."""
+"""Arguments that ask in another way for documents to be kept apart; where they are, so be it."""
 
 
 def refusals() -> dict[str, str]:
@@ -338,7 +337,7 @@ def refusals() -> dict[str, str]:
     found |= {
         name: ", which training a language model does not take" for name in OTHER_PROGRAMS.split()
     }
-    return found | _reasons(NO_DOCUMENTS)
+    return found | _reasons(BOUNDS_IN_MASKS)
 
 
 def refusals_of_pretrain() -> dict[str, str]:
@@ -384,12 +383,18 @@ def check_arguments(
     defaults = vars(parser.parse_args([]))
     for action in parser._actions:
         name = action.dest
-        if name not in refused or name in known:
+        if name not in refused or name in known or _is_done(name, args):
             continue
         value = getattr(args, name, defaults[name])
         if value == defaults[name] or value in ALSO_ACCEPTED.get(name, ()):
             continue
         raise ValueError(refusal(action.option_strings[-1], value, refused[name]))
+
+
+def _is_done(name: str, args: Namespace) -> bool:
+    """Whether another argument does already what a refused one asks for."""
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    return packed and any(name in names.split() for names in BOUNDS_IN_MASKS.values())
 
 
 def check_configuration(config: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
-from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels
+from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels, packed_data
 from megalodon_mcore.argument_values import check_values, in_one_sentence
 from megalodon_mcore.config import ARGUMENT_PREFIX, FIELDS, KINDS, OWN
 from megalodon_mcore.options import check_arguments, refusals_of_pretrain
@@ -89,6 +89,8 @@ def check_run(args: Namespace) -> None:
             f"--padded-vocab-size is {args.padded_vocab_size}, but the tokenizer has {tokens} "
             "tokens; leave it out."
         )
+    if args.fim_data:
+        packed_data.check_fim_tokens(args, get_tokenizer())
     evaluation.prepare(args)
 
 
@@ -164,8 +166,8 @@ def add_megalodon_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--megalodon-sequence-order",
         choices=SEQUENCE_ORDERS,
         default="contiguous",
-        help="How context parallelism cuts a sequence (contiguous): in order, or as Megatron's "
-        "scripts do.",
+        help="How context parallelism cuts a sequence (contiguous): in order; as Megatron's "
+        "scripts do (zigzag); every document apart, as they do with --sft (document_zigzag).",
     )
     group.add_argument(
         "--megalodon-emulated-fp8",

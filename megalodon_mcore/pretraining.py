@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels
+from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels, packed_data
 from megalodon_mcore.argument_values import (
     in_one_sentence,
     read_sequences_per_dataset,
 )
+from megalodon_mcore.packed_data import FIM_TOKENS
+from megalodon_mcore.parallel.sequence_layout import DOCUMENT_ZIGZAG
 from megalodon_mcore.pretrain_arguments import (
     check_model,
     check_run,
@@ -29,7 +31,9 @@ from megalodon_mcore.pretrain_arguments import (
     parse_arguments,
 )
 
-BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+BATCH_KEYS = (*SEQUENCE_KEYS, "attention_mask")
+DOCUMENT_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
 def main(argv: list[str]) -> None:
@@ -147,6 +151,7 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packed_sequence_parameters(batch, args),
     )
     return losses, partial(sum_losses, batch["loss_mask"])
 
@@ -154,25 +159,36 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tenso
 def get_batch(
     data_iterator: Iterator, vp_stage: int | None, micro_batch_size: int
 ) -> dict[str, Any]:
-    """The next micro-batch on the stages that need it; tensors are [batch, length]."""
+    """The next micro-batch on the stages that need it; tensors are [batch, length].
+
+    Packed rows are put together into one, [1, batch * length], and every stage gets its bounds.
+    """
     from megatron.core import mpu
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.core.utils import (
+        flatten_batch_for_packed_sequences,
+        get_batch_on_this_cp_rank,
+        get_batch_on_this_tp_rank,
+    )
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
     args = get_args()
+    is_packed = packed_data.is_packed(args)
+    is_at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    if not (is_at_an_end or is_packed):
+        return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         sample = next(data_iterator)
+        if is_packed:
+            sample = sample | {"loss_mask": mask_across_documents(sample, end_of_document(args))}
         batch = {
             key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
-            for key in (*BATCH_KEYS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+            for key in (*BATCH_KEYS, *DOCUMENT_KEYS)
         }
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=is_packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -186,10 +202,62 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not is_at_an_end:
+        return batch | dict.fromkeys(BATCH_KEYS)
     cp_group = mpu.get_context_parallel_group()
     if args.megalodon_sequence_order == "contiguous":
         return contiguous_share(batch, cp_group.rank(), cp_group.size())
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=cp_group,
+        use_per_sequence_balancing=args.megalodon_sequence_order != DOCUMENT_ZIGZAG,
+    )
+
+
+def mask_across_documents(sample: dict[str, Tensor], end: int | None) -> Tensor:
+    """The loss mask [batch, length] without the targets that are another document's first token.
+
+    Args:
+        sample: packed rows, whose cu_seqlens [batch, length + 1] repeat the length at the end.
+        end: the token that ends documents, by which one is known to end with its row.
+    """
+    mask, bounds = sample["loss_mask"].clone(), sample["cu_seqlens"]
+    rows, places = torch.nonzero((bounds > 0) & (bounds < mask.shape[1]), as_tuple=True)
+    mask[rows, bounds[rows, places].long() - 1] = 0
+    if end is not None:
+        mask[:, -1] *= sample["tokens"][:, -1] != end
+    return mask
+
+
+def end_of_document(args: Namespace) -> int | None:
+    """The token that Megatron's datasets find the end of a document by; none of conversations."""
+    from megatron.training import get_tokenizer
+
+    return None if args.packs_conversations else get_tokenizer().eod
+
+
+def packed_sequence_parameters(batch: dict[str, Any], args: Namespace) -> Any | None:
+    """Megatron's PackedSeqParams of a micro-batch, or None where rows are documents."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+
+    if batch.get("cu_seqlens") is None:
+        return None
+    bounds = batch["cu_seqlens"].squeeze(0)
+    # By these Megatron counts the operations that --log-throughput reports.
+    update_seqlen_stats_from_cu_seqlens(bounds)
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        tokens_per_sample=args.seq_length,
+    )
+    if hasattr(packed, "cp_partition_mode"):
+        # In Megatron-LM's dev branch. The model has the order already, and it is one of three.
+        packed.cp_partition_mode = None
+    return packed
 
 
 def contiguous_share(
@@ -248,7 +316,6 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Se
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import get_args
     from megatron.training.utils import (
@@ -260,7 +327,8 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Se
 
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    kind, kind_of_config, own_values = dataset_kind(args)
+    config = kind_of_config(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -285,19 +353,36 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Se
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         sequences_per_dataset=read_sequences_per_dataset(args.per_dataset_sequences_path),
+        inter_document_masking=args.dataloader_inter_document_masking,
+        **own_values,
     )
 
     def is_needed_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
-            vp_stage
-        )
+        stage = packed_data.is_packed(args) or is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and stage
 
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        kind,
         samples_to_build(args, num_samples),
         is_needed_here,
         config,
     ).build()
+
+
+def dataset_kind(args: Namespace) -> tuple[type, type, dict[str, Any]]:
+    """Megatron's dataset, its configuration and the values that the latter has of its own."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+    from megatron.training.datasets.sft_dataset import SFTDataset
+
+    if args.sft:
+        return SFTDataset, GPTDatasetConfig, {}
+    if not args.fim_data:
+        return MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig, {}
+    tokens = {name: getattr(args, f"fim_{name}_token") for name in FIM_TOKENS}
+    values = ("rate", "spm_rate", "split_sample", "fragment_rate", "no_prefix")
+    values = {f"fim_{name}": getattr(args, f"fim_{name}") for name in values}
+    return GPTFIMDataset, GPTFIMDatasetConfig, values | {"fim_extra_tokens": tokens}
 
 
 def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:

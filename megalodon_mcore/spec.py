@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megalodon_mcore import checkpoint_errors, megatron_fixes, muon, throughput
+from megalodon_mcore import checkpoint_errors, megatron_fixes, muon, packed_data, throughput
 from megalodon_mcore.config import ARGUMENT_PREFIX, MegalodonConfig
 from megalodon_mcore.config_sources import settle, values_in_arguments
 from megalodon_mcore.layers.apex_norm import ApexLayerNorm, has_apex_norm
@@ -37,7 +37,7 @@ from megalodon_mcore.layers.submodules import LINEAR_LAYERS, MegalodonLayerSubmo
 from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_megatron_arguments
 from megalodon_mcore.parallel.documents import Documents
-from megalodon_mcore.parallel.sequence_layout import ORDER_OF_MEGATRON, SEQUENCE_ORDERS
+from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.validation import (
     check_fp8_sizes,
@@ -56,7 +56,7 @@ class MegalodonSpec:
     Args:
         size: gives the defaults.
         settled: the model that a caller has found from all sources of values, in their stead.
-        sequence_order: how context parallelism cuts a sequence, contiguous or zigzag; an argument
+        sequence_order: how context parallelism cuts a sequence, one of SEQUENCE_ORDERS; an argument
             --megalodon-sequence-order comes first. Without both it is what Megatron's scripts do.
         emulated_fp8: the recipe by which linear layers emulate FP8, or None; an argument
             --megalodon-emulated-fp8 comes first.
@@ -138,6 +138,8 @@ class MegalodonSpec:
         check_optimizer(arguments)
         sequence_order = self._sequence_order(config)
         seq_length = getattr(arguments, "seq_length", None)
+        if arguments is not None:
+            packed_data.check(arguments, sequence_order)
         check_layout(config, megalodon, sequence_order, seq_length)
         if config.fp8:
             micro_batch_size = getattr(arguments, "micro_batch_size", None)
@@ -153,7 +155,7 @@ class MegalodonSpec:
                 "the caller cuts its sequences; take MegalodonSpec(sequence_order=...), "
                 f"{' or '.join(SEQUENCE_ORDERS)}."
             )
-        return order or ORDER_OF_MEGATRON
+        return order or packed_data.order_of_megatron(arguments)
 
     def layer_submodules(self, config: TransformerConfig) -> MegalodonLayerSubmodules:
         """The classes that --transformer-impl and --megalodon-emulated-fp8 choose.
@@ -248,10 +250,13 @@ def _arguments_in_checkpoint(arguments: Namespace) -> Namespace | None:
 def _say_what_the_checkpoint_had(arguments: Namespace, resolved: MegalodonConfig) -> None:
     """A line for each value that is another than that which --load was trained with."""
     folder = getattr(arguments, "load", None)
-    if folder is None or getattr(arguments, "rank", 0) != 0:
+    if folder is None:
         return
-    for line in _differences(folder, resolved):
-        logger.warning(line)
+    # On every rank, since Megatron compares what they read.
+    lines = _differences(folder, resolved)
+    if getattr(arguments, "rank", 0) == 0:
+        for line in lines:
+            logger.warning(line)
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""Finds what training, validation and test have in indexed datasets, before anything is built.
+"""Finds what training, validation and test have in datasets, before anything is built.
 
 Megatron's GPTDataset repeats its documents until they make the samples that are asked for, of an
 empty split for ever.
@@ -6,6 +6,7 @@ empty split for ever.
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import Namespace
 from dataclasses import dataclass
@@ -25,12 +26,37 @@ PER_SPLIT_ARGUMENTS = ("--train-data-path", "--valid-data-path", "--test-data-pa
 
 @dataclass(frozen=True)
 class SplitData:
-    """Datasets of one split: the argument that names them, and each one's tokens in it."""
+    """Datasets of one split: the argument that names them, and each one's tokens in it.
+
+    Of conversations (--sft) it is their packs instead, each a sample.
+    """
 
     argument: str
     prefixes: list[str]
     weighted: bool
     tokens: list[int]
+    of_conversations: bool = False
+
+    def samples(self, seq_length: int) -> list[int]:
+        """Of each dataset, how many sequences of this length it makes."""
+        if self.of_conversations:
+            return self.tokens
+        return [(tokens - 1) // seq_length for tokens in self.tokens]
+
+
+class Conversations:
+    """A file of packs of conversations, one a line."""
+
+    def __init__(self, path: str) -> None:
+        with Path(path).open("rb") as file:
+            lines = [line for line in file if line.strip()]
+        for line in lines[:1]:
+            if not json.loads(line)["messages"]:
+                raise ValueError("the first line has no messages")
+        self.sequence_lengths = np.ones(len(lines), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
 
 
 def find_splits(args: Namespace) -> list[SplitData | None]:
@@ -46,7 +72,7 @@ def find_splits(args: Namespace) -> list[SplitData | None]:
     blend, blends = get_blend_and_blend_per_split(args)
     if blend is not None:
         argument = "--data-path" if args.data_args_path is None else "--data-args-path"
-        return _cut(argument, *blend, args.split)
+        return _cut(argument, *blend, args.split, args.sft)
     if blends is None:
         raise ValueError(
             "Neither --data-path nor --train-data-path is given; take what prepare-data printed, "
@@ -59,16 +85,16 @@ def find_splits(args: Namespace) -> list[SplitData | None]:
         )
     common = args.per_split_data_args_path and "--per-split-data-args-path"
     return [
-        None if of_split is None else _whole(common or argument, *of_split)
+        None if of_split is None else _whole(common or argument, *of_split, args.sft)
         for argument, of_split in zip(PER_SPLIT_ARGUMENTS, blends, strict=True)
     ]
 
 
 def _cut(
-    argument: str, prefixes: list[str], weights: list[float] | None, split: str
+    argument: str, prefixes: list[str], weights: list[float] | None, split: str, sft: bool
 ) -> list[SplitData | None]:
     """The splits of datasets that --split divides."""
-    found = {prefix: _open(argument, prefix) for prefix in prefixes}
+    found = {prefix: _open(argument, prefix, sft) for prefix in prefixes}
     found = {prefix: dataset for prefix, dataset in found.items() if dataset is not None}
     splits = []
     for place, name in enumerate(NAMES):
@@ -85,22 +111,24 @@ def _cut(
                     f"--split is {split}, which leaves the {name} data none of the "
                     f"{len(dataset)} sequences of {prefix}; take --split {working_split(fewest)}."
                 )
-        splits.append(SplitData(argument, prefixes, weights is not None, tokens))
+        splits.append(SplitData(argument, prefixes, weights is not None, tokens, sft))
     return splits
 
 
-def _whole(argument: str, prefixes: list[str], weights: list[float] | None) -> SplitData:
-    found = [_open(argument, prefix) for prefix in prefixes]
+def _whole(argument: str, prefixes: list[str], weights: list[float] | None, sft: bool) -> SplitData:
+    found = [_open(argument, prefix, sft) for prefix in prefixes]
     tokens = [_count(dataset, 0, len(dataset)) for dataset in found if dataset is not None]
-    return SplitData(argument, prefixes, weights is not None, tokens)
+    return SplitData(argument, prefixes, weights is not None, tokens, sft)
 
 
-def _count(dataset: IndexedDataset, start: int, stop: int) -> int:
+def _count(dataset: IndexedDataset | Conversations, start: int, stop: int) -> int:
     return int(np.sum(dataset.sequence_lengths[start:stop], dtype=np.int64))
 
 
-def _open(argument: str, prefix: str) -> IndexedDataset | None:
+def _open(argument: str, prefix: str, sft: bool) -> IndexedDataset | Conversations | None:
     """A dataset with tokens in it; None where another rank has to look."""
+    if sft:
+        return _open_conversations(argument, prefix)
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.object_storage_utils import is_object_storage_path
 
@@ -120,6 +148,21 @@ def _open(argument: str, prefix: str) -> IndexedDataset | None:
             f"{argument} names {prefix}, which holds no tokens; leave it out or prepare it anew."
         )
     return dataset
+
+
+def _open_conversations(argument: str, path: str) -> Conversations | None:
+    if not Path(path).is_file() and int(os.environ.get("RANK", "0")):
+        return None
+    try:
+        found = Conversations(path)
+        if not len(found):
+            raise ValueError("it is empty")
+    except Exception as error:
+        raise ValueError(
+            f"{argument} names {path}, which --sft cannot read ({type(error).__name__}: {error}); "
+            'it must be JSONL with a list "messages" of objects with role and content in each line.'
+        ) from error
+    return found
 
 
 def _read(kind: type[IndexedDataset], argument: str, prefix: str) -> IndexedDataset:

@@ -60,17 +60,17 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         self.recompute_feed_forward = (
             config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
         )
+        self.parallel = ModelParallel(
+            pg_collection, config.sequence_parallel, sequence_order, documents
+        )
         common: dict[str, Any] = {
             "config": config,
             "megalodon": megalodon,
             "submodules": submodules,
             "pg_collection": pg_collection,
-            "parallel": ModelParallel(
-                pg_collection, config.sequence_parallel, sequence_order, documents
-            ),
+            "parallel": self.parallel,
             "device": parameter_device(config),
         }
-        self.documents = documents
         self.mixer = MegalodonMixer(**common)
         self.feed_forward = MegalodonFeedForward(layer_number=self.layer_number, **common)
 
@@ -93,22 +93,26 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             raise ValueError(
                 "Megalodon does not generate in Megatron; use `megalodon-mcore generate`."
             )
-        self.documents.set(packed_seq_params)
-        if self.documents.packed:
-            # A pipeline's stage receives the row in the shape of the rows that were put together.
-            hidden_states = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
+        documents = self.parallel.documents
+        documents.set(packed_seq_params, self.parallel.cp_group)
+        if documents.packed:
+            # A pipeline's stages exchange the one row in the shape of those it was made of.
+            rows = self.parallel.rows(hidden_states)
+            hidden_states = hidden_states.reshape(-1, rows, hidden_states.shape[-1])
         return self._block(hidden_states), context
 
     def _block(self, hidden_states: Tensor) -> Tensor:
         if self.embedding_scale is not None:
             hidden_states = hidden_states * self.embedding_scale
-        update = self.mixer(hidden_states)
-        middle = hidden_states + F.dropout(update, self.config.hidden_dropout, self.training)
+        row = one_row(hidden_states) if self.parallel.documents.packed else hidden_states
+        update = self.mixer(row)
+        middle = row + F.dropout(update, self.config.hidden_dropout, self.training)
         if self.recompute_feed_forward and self.training:
             output = self._recomputed_feed_forward(middle)
         else:
             output = self.feed_forward(middle)
-        return hidden_states + output
+        # A sum and no view, of which Megatron could not free the memory.
+        return hidden_states + output.view_as(hidden_states)
 
     def _recomputed_feed_forward(self, hidden_states: Tensor) -> Tensor:
         if not self.config.fp8:
@@ -153,10 +157,17 @@ class FinalTimestepNorm(TimestepNorm):
             mark_sequence_parallel(self)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalizes [length, batch, hidden_size]."""
+        """Normalizes [length, batch, hidden_size]; packed rows become one."""
+        if self.parallel.documents.packed:
+            hidden_states = one_row(hidden_states)
         shards = self.parallel.residual_shards(*hidden_states.shape[:2])
         normalized = super().forward(hidden_states, shards)
         return normalized.to(self.output_dtype).contiguous()
+
+
+def one_row(hidden_states: Tensor) -> Tensor:
+    """[length, batch, D] as [length * batch, 1, D], in which packed rows were put together."""
+    return hidden_states.reshape(-1, 1, hidden_states.shape[-1])
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megalodon_mcore.parallel.documents import Documents
 from megalodon_mcore.parallel.sequence_shards import SequenceShards, sequence_shards
@@ -40,12 +41,17 @@ class ModelParallel:
         """How context parallelism alone cuts, where a rank has [length, batch, ...]."""
         return self._cut(length, batch, 1)
 
+    def rows(self, hidden_states: Tensor) -> int:
+        """Into how many rows stages of a pipeline divide this rank's packed hidden states."""
+        length, batch = hidden_states.shape[:2]
+        ranks = self.cp_group.size() * (self.tp_group.size() if self.sequence_parallel else 1)
+        return self.documents.rows(length * ranks, batch)
+
     def _cut(self, length: int, batch: int, sequence_parallel_size: int) -> SequenceShards:
         size = self.cp_group.size()
         group = self.cp_group if size > 1 else None
         if sequence_parallel_size > 1:
             group = self.tp_cp_group
         bounds = self.documents.bounds(length * size, batch)
-        return sequence_shards(
-            self.sequence_order, size, sequence_parallel_size, bounds, group, batch
-        )
+        order = self.documents.order(self.sequence_order)
+        return sequence_shards(order, size, sequence_parallel_size, bounds, group, batch)

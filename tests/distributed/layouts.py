@@ -30,6 +30,8 @@ class Model:
     sequence_length: int = 48
     global_batch: int = 4
     micro_batch: int = 2
+    documents: int | None = None
+    """Every sequence is documents of random lengths, multiples of this; None: it is one."""
     own: tuple[tuple[str, Any], ...] = (
         ("chunk_size", 16),
         ("cema_ndim", 4),

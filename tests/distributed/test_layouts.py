@@ -117,6 +117,11 @@ def in_layout(workers, single, model, layout, **options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_of_one_process(workers, single, case):
+    assert_trains_as_one_process(workers, single, case)
+
+
+def assert_trains_as_one_process(workers, single, case):
+    """Losses of every step, and every gradient of the first."""
     expected = single(case.model).run
     ranks = in_layout(workers, single, case.model, case.layout)
     wanted = assemble([expected.first_gradients])

@@ -1,6 +1,7 @@
 """A few steps of training with Megatron's own pieces, in the ranks of one layout."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.distributed import (
 from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -171,7 +173,7 @@ def forward_backward(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, model),
         data_iterator=[micro_batches(model, layout, step) for _ in chunks],
         model=chunks,
         num_microbatches=number_of_micro_batches(model, layout),
@@ -180,10 +182,17 @@ def forward_backward(
     )
 
 
-def forward_step(batches, chunk: nn.Module):
+def forward_step(model: Model, batches, chunk: nn.Module):
     """Token losses, and the function that sums them as megalodon_mcore.pretraining does."""
     batch = next(batches)
-    losses = chunk(batch["tokens"], None, None, labels=batch["labels"])
+    packed = None
+    if model.documents is not None:
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch["cu_seqlens"].squeeze(0),
+            tokens_per_sample=model.sequence_length,
+        )
+    losses = chunk(batch["tokens"], None, None, labels=batch["labels"], packed_seq_params=packed)
     return losses, sum_losses
 
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from megalodon_mcore.kernels.cema import cema
-from megalodon_mcore.kernels.cema.naive import cema_naive
 
 from comparing import INTERPRETED, as_stored
+from megalodon_mcore.kernels.cema import cema
+from megalodon_mcore.kernels.cema.naive import cema_naive
 from test_cema import (
     NAMES,
     TOLERANCE,

@@ -43,7 +43,7 @@ def arguments(data, **changes):
         **dict(eval_iters=1, eval_interval=2, start_eval_at_iter=None),
         **dict(eval_global_batch_size=4, eval_micro_batch_size=2),
         **dict(full_validation=False, multiple_validation_sets=False, validation_set_names=None),
-        **dict(log_interval=1, tensorboard_log_interval=1),
+        **dict(log_interval=1, tensorboard_log_interval=1, sft=False),
     )
     assert changes.keys() <= values.keys()
     for name, value in changes.items():
