@@ -60,6 +60,12 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return operator
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function without autograd, compiled where that pays for its first tensor."""
+    run = _Compiled(function)
+    return functools.wraps(function)(lambda x, *args: run(x, x, *args))
+
+
 class _Compiled:
     """Runs a function without autograd, compiled where `_pays_to_compile` says so of a tensor."""
 

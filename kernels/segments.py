@@ -38,7 +38,7 @@ class ChunkPart(NamedTuple):
     before: int
     """Positions of the chunk that come before these steps, in other segments."""
     prefix: int
-    """Where those stand, of all that segments need of chunks begun before them, one after another."""
+    """Where those stand among what all segments need of chunks begun before them."""
 
 
 class Segments:
@@ -103,10 +103,11 @@ class Segments:
     @property
     def whole_rows(self) -> bool:
         """Whether each row is one segment, all of them at the same position of their documents."""
-        first = self.segments[:1]
-        return len(self.segments) == self.batch and all(
-            segment[1:] == first[0][1:] and segment.length == self.length
-            for segment in self.segments
+        if len(self.segments) != self.batch:
+            return False
+        position = self.segments[0].position if self.segments else 0
+        return all(
+            segment == (row, 0, self.length, position) for row, segment in enumerate(self.segments)
         )
 
     @property

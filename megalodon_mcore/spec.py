@@ -36,6 +36,7 @@ from megalodon_mcore.layers.initialization import embedding_initializer
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS, MegalodonLayerSubmodules
 from megalodon_mcore.optimizer_check import check_optimizer
 from megalodon_mcore.options import check_megatron_arguments
+from megalodon_mcore.parallel.documents import Documents
 from megalodon_mcore.parallel.sequence_layout import ORDER_OF_MEGATRON, SEQUENCE_ORDERS
 from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.validation import (
@@ -97,11 +98,13 @@ class MegalodonSpec:
         megalodon, sequence_order = self.check(config, position_embedding_type, rotary_base)
         config.init_method = embedding_initializer(config.hidden_size)
         config.embedding_init_method = config.init_method
+        documents = Documents()
         layer = ModuleSpec(
             module=MegalodonLayer,
             params={
                 "megalodon": megalodon,
                 "sequence_order": sequence_order,
+                "documents": documents,
             },
             submodules=self.layer_submodules(config),
         )
@@ -111,6 +114,7 @@ class MegalodonSpec:
                 FinalTimestepNorm,
                 num_groups=megalodon.norm_num_groups,
                 sequence_order=sequence_order,
+                documents=documents,
             ),
         )
 

@@ -151,7 +151,7 @@ def _check_tensor_parallel(megalodon: MegalodonConfig, tp: int) -> None:
 
 def _check_sequence(config: TransformerConfig, order: str, length: int) -> None:
     tp, cp = config.tensor_model_parallel_size, config.context_parallel_size
-    parts = 2 * cp if order == "zigzag" and cp > 1 else cp
+    parts = 2 * cp if order != "contiguous" and cp > 1 else cp
     if length % parts:
         raise ValueError(
             f"--seq-length is {length}, which {order} order with --context-parallel-size {cp} cuts "

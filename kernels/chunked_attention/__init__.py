@@ -74,9 +74,7 @@ def _check(
     dropout_p: float,
 ) -> None:
     if q.dim() != 4:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}; it must be [length, batch, heads, dk]."
-        )
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [length, batch, heads, dk].")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
     if not 0 <= dropout_p < 1:

@@ -21,7 +21,8 @@ def chunked_attention_naive(
     segments = segments or Segments.of_rows(length, batch)
     q, k, v = q.double(), k.double(), v.double()
 
-    out, used, open_keys, open_values = torch.empty_like(v), 0, [], []
+    out, used = torch.empty_like(v), 0
+    open_keys, open_values = ([z[:0].flatten(0, 1)] for z in (k, v))
     for segment in segments:
         keys, values = (z[segment.steps, segment.row] for z in (k, v))
         cached = segment.position % chunk_size

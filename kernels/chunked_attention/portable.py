@@ -3,15 +3,22 @@
 The values are up to 8 times wider than the keys, so nearly all the work is in the products with
 the values. Taking a block of queries at a time against only the keys it can see saves almost
 half of it, and makes an online softmax needless: a block holds its whole rows.
+
+Chunks of one length that follow one another are a piece, a view of the whole tensors that products
+read and write in place; nothing is put together from pieces.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from itertools import groupby, islice, product, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..segments import Segments
+from ..types import compute_dtype
 from .state import AttentionState
 
 # Rows of queries; of bfloat16 ones twice as many, whose products take less of the time.
@@ -23,56 +30,64 @@ def chunked_attention_portable(
     k: Tensor,
     v: Tensor,
     chunk_size: int,
-    state: AttentionState | None = None,
-    dropout_p: float = 0.0,
-    return_state: bool = False,
-) -> tuple[Tensor, AttentionState | None]:
-    """Same arguments and results as `chunked_attention`; nothing is checked here."""
-    batch, length = q.shape[:2]
-    cached = 0 if state is None else state.key.shape[1]
-    # The sequence is what completes the state's chunk, then whole chunks, then a rest.
-    head = min(length, chunk_size - cached) if cached else 0
-    rest = (length - head) % chunk_size
-    whole = slice(head, length - rest)
+    segments: Segments,
+    state: AttentionState | None,
+    dropout_p: float,
+) -> Tensor:
+    """The output of `chunked_attention`, by the same arguments; nothing is checked here."""
+    pieces = segments.kept(
+        ("attention pieces", chunk_size), lambda: list(_pieces(segments, chunk_size))
+    )
+    state = state or AttentionState(None, None)
+    return _ChunkedAttention.apply(q, k, v, *state, pieces, dropout_p)
 
-    pieces = []
-    if head:
-        keys = torch.cat([state.key, k[:, :head]], dim=1)
-        values = torch.cat([state.value, v[:, :head]], dim=1)
-        given = (z[:, None] for z in (q[:, :head], keys, values))
-        pieces.append(_causal_attention(*given, dropout_p=dropout_p).squeeze(1))
-    if whole.stop > whole.start:
-        chunks = (z[:, whole].unflatten(1, (-1, chunk_size)) for z in (q, k, v))
-        pieces.append(_causal_attention(*chunks, dropout_p=dropout_p).flatten(1, 2))
-    if rest or not pieces:
-        given = (z[:, None, whole.stop :] for z in (q, k, v))
-        pieces.append(_causal_attention(*given, dropout_p=dropout_p).squeeze(1))
-    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
-    if not return_state:
-        return out, None
-    if cached and cached + length < chunk_size:
-        return out, AttentionState(
-            torch.cat([state.key, k], dim=1), torch.cat([state.value, v], dim=1)
+class _Piece(NamedTuple):
+    """Chunks of one length, one after another, in one row or in all of them."""
+
+    rows: slice
+    start: int
+    """The first step of the first chunk."""
+    chunks: int
+    length: int
+    before: int
+    """Keys of each chunk that come out of the state."""
+    prefix: int
+    """Where those stand there, [chunks, rows, before] one after another."""
+
+    def steps(self, z: Tensor) -> Tensor:
+        """Of [length, batch, heads, d] the view [chunks, rows, heads, length, d]."""
+        stop = self.start + self.chunks * self.length
+        z = z[self.start : stop, self.rows].unflatten(0, (self.chunks, self.length))
+        return z.permute(0, 2, 3, 1, 4)
+
+    def held(self, state: Tensor) -> Tensor:
+        """Of a state [M, heads, d] the view [chunks, rows, heads, before, d]."""
+        shape = (self.chunks, self.rows.stop - self.rows.start, self.before)
+        stop = self.prefix + math.prod(shape)
+        return state[self.prefix : stop].unflatten(0, shape).transpose(2, 3)
+
+    def seen(self, z: Tensor, state: Tensor | None) -> Tensor:
+        """What the last query sees: [chunks, rows, heads, before + length, d]."""
+        if not self.before:
+            return self.steps(z)
+        return torch.cat([self.held(state).to(z.dtype), self.steps(z)], dim=3)
+
+
+def _pieces(segments: Segments, chunk_size: int) -> Iterator[_Piece]:
+    parts, rows = segments.chunk_parts(chunk_size), 1
+    if parts and segments.whole_rows:
+        rows = segments.batch
+        parts = parts[: len(parts) // rows]
+    for (row, length, before), run in groupby(parts, lambda z: (z.row, z.length, z.before)):
+        first, *others = run
+        yield _Piece(
+            slice(row, row + rows), first.start, 1 + len(others), length, before, first.prefix
         )
-    # Copies: a slice would keep the whole sequence's memory alive.
-    key, value = (z[:, whole.stop :].clone(memory_format=torch.contiguous_format) for z in (k, v))
-    return out, AttentionState(key, value)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    """Attention of [batch, chunks, queries, heads, d] where the last query sees the last key."""
-    if v.dtype != torch.bfloat16:
-        return _CausalAttention.apply(q, k, v, dropout_p)
-    # Products of bfloat16 copy what does not lie side by side, and each would.
-    packed = (z.transpose(2, 3).flatten(0, 2).contiguous()[:, None, :, None] for z in (q, k, v))
-    out = _CausalAttention.apply(*packed, dropout_p).squeeze(3).squeeze(1)
-    batch, chunks, _, heads, _ = q.shape
-    return out.unflatten(0, (batch, chunks, heads)).transpose(2, 3)
-
-
-class _CausalAttention(torch.autograd.Function):
-    """q [batch, chunks, queries, heads, dk], k, v likewise; the weights are recomputed backward."""
+class _ChunkedAttention(torch.autograd.Function):
+    """The weights are recomputed backward."""
 
     @staticmethod
     def forward(
@@ -80,72 +95,97 @@ class _CausalAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        pieces: list[_Piece],
         dropout_p: float,
     ) -> Tensor:
-        out = _like_queries(v, q)
+        q, k, v = (_for_products(z) for z in (q, k, v))
+        ctx.pieces, ctx.dropout_p = pieces, dropout_p
+        wide_q, wide_k = (z.to(compute_dtype(z)) for z in (q, k))
+        out = torch.empty_like(v)
+        future = _future(pieces, v)
         kept = []
-        for queries, keys, values, outputs in _matrices(*_at_least_float32(q, k), v, out):
-            for rows, seen in _query_blocks(queries, keys, v.dtype):
-                weights = _softmax_weights(queries[:, rows], keys[:, :seen])
-                if dropout_p > 0:
-                    keep = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout_p)
-                    kept.append(keep)
-                    weights = _drop(weights, keep, dropout_p)
-                torch.bmm(weights.to(v.dtype), values[:, :seen], out=outputs[:, rows])
-        ctx.dropout_p = dropout_p
-        ctx.save_for_backward(q, k, v, *kept)
+        for piece in pieces:
+            whole = piece.steps(wide_q), piece.seen(wide_k, key), piece.seen(v, value)
+            for queries, keys, values, outputs in _matrices(*whole, piece.steps(out)):
+                for rows, seen in _query_blocks(queries, keys, v.dtype):
+                    weights = _softmax_weights(queries[:, rows], keys[:, :seen], future)
+                    if dropout_p > 0:
+                        keep = torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout_p)
+                        kept.append(keep)
+                        weights = _drop(weights, keep, dropout_p)
+                    torch.bmm(weights.to(v.dtype), values[:, :seen], out=outputs[:, rows])
+        ctx.save_for_backward(q, k, v, key, value, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        whole = *_at_least_float32(q, k), v, grad_out
-        grad_q, grad_k = (torch.empty_like(z) for z in whole[:2])
+        q, k, v, key, value, *kept = ctx.saved_tensors
+        grad_out = _for_products(grad_out)
+        wide_q, wide_k = (z.to(compute_dtype(z)) for z in (q, k))
+        grad_q, grad_k = torch.empty_like(wide_q), torch.empty_like(wide_k)
+        future = _future(ctx.pieces, v)
         # Of two summands, a sum in v's type is as good as one in float32.
-        few = len(list(_query_blocks(q[:, 0], k[:, 0], v.dtype))) <= 2
-        grad_v = torch.empty_like(v, dtype=v.dtype if few else grad_k.dtype)
-        kept.reverse()
-        for queries, keys, values, grad, *grads in _matrices(*whole, grad_q, grad_k, grad_v):
-            to_queries, to_keys, to_values = grads
-            # The last block sees every key: it fills what the others add to.
-            first = True
-            for rows, seen in reversed(list(_query_blocks(queries, keys, v.dtype))):
-                weights = _softmax_weights(queries[:, rows], keys[:, :seen])
-                grad_weights = torch.bmm(grad[:, rows], values[:, :seen].mT).to(weights.dtype)
-                used = weights
-                if kept:
-                    keep = kept.pop()
-                    used = _drop(weights, keep, ctx.dropout_p)
-                    grad_weights = _drop(grad_weights, keep, ctx.dropout_p)
-                _accumulate(to_values[:, :seen], used.to(v.dtype).mT, grad[:, rows], first)
-                grad_scores = torch.ops.aten._softmax_backward_data(
-                    grad_weights, weights, -1, weights.dtype
-                )
-                torch.bmm(grad_scores, keys[:, :seen], out=to_queries[:, rows])
-                _accumulate(to_keys[:, :seen], grad_scores.mT, queries[:, rows], first)
-                first = False
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        few = max((piece.length for piece in ctx.pieces), default=0) <= 2 * _block(v.dtype)
+        grad_v = torch.empty_like(v, dtype=v.dtype if few else wide_k.dtype)
+        grad_key, grad_value = (None if z is None else torch.empty_like(z) for z in (key, value))
+        masks = iter(kept)
+        for piece in ctx.pieces:
+            whole = piece.steps(wide_q), piece.seen(wide_k, key), piece.seen(v, value)
+            own = piece.steps(grad_k), piece.steps(grad_v)
+            grads = own
+            if piece.before:
+                grads = [
+                    torch.empty_like(z, dtype=o.dtype) for z, o in zip(whole[1:], own, strict=True)
+                ]
+            for queries, keys, values, grad, to_queries, to_keys, to_values in _matrices(
+                *whole, piece.steps(grad_out), piece.steps(grad_q), *grads
+            ):
+                blocks = list(_query_blocks(queries, keys, v.dtype))
+                drawn = list(islice(masks, len(blocks)))
+                # The last block sees every key: it fills what the others add to.
+                first = True
+                for (rows, seen), keep in reversed(list(zip_longest(blocks, drawn))):
+                    weights = _softmax_weights(queries[:, rows], keys[:, :seen], future)
+                    grad_weights = torch.bmm(grad[:, rows], values[:, :seen].mT).to(weights.dtype)
+                    used = weights
+                    if keep is not None:
+                        used = _drop(weights, keep, ctx.dropout_p)
+                        grad_weights = _drop(grad_weights, keep, ctx.dropout_p)
+                    _accumulate(to_values[:, :seen], used.to(v.dtype).mT, grad[:, rows], first)
+                    grad_scores = torch.ops.aten._softmax_backward_data(
+                        grad_weights, weights, -1, weights.dtype
+                    )
+                    torch.bmm(grad_scores, keys[:, :seen], out=to_queries[:, rows])
+                    _accumulate(to_keys[:, :seen], grad_scores.mT, queries[:, rows], first)
+                    first = False
+            if piece.before:
+                for grad, to, state in zip(grads, own, (grad_key, grad_value), strict=True):
+                    piece.held(state).copy_(grad[..., : piece.before, :])
+                    to.copy_(grad[..., piece.before :, :])
+        grads = grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return *grads, grad_key, grad_value, None, None
+
+
+def _for_products(z: Tensor) -> Tensor:
+    """Products of bfloat16 copy what does not lie side by side, and each would."""
+    if z.dtype != torch.bfloat16:
+        return z
+    return z.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
 
 
 def _matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Of [batch, chunks, length, heads, d]: views [n, length, d] that make up the whole.
+    """Of [chunks, rows, heads, length, d]: views [n, length, d] that make up the whole.
 
-    Products take no two dimensions of matrices without a copy, so batch or chunks are gone through.
+    Products take no two dimensions of matrices without a copy: they take the largest, and the
+    others are gone through.
     """
-    batch, chunks, _, heads, _ = tensors[0].shape
-    for head in range(heads):
-        if chunks == 1:
-            yield [z[:, 0, :, head] for z in tensors]
-        else:
-            yield from ([z[row, :, :, head] for z in tensors] for row in range(batch))
-
-
-def _like_queries(v: Tensor, q: Tensor) -> Tensor:
-    """Room for the result, in v's order of memory where it has v's shape."""
-    if v.shape[2] == q.shape[2]:
-        return torch.empty_like(v)
-    return v.new_empty(*q.shape[:4], v.shape[4])
+    sizes = tensors[0].shape[:3]
+    moved = [z.movedim(sizes.index(max(sizes)), 2) for z in tensors]
+    for first, second in product(*map(range, moved[0].shape[:2])):
+        yield [z[first, second] for z in moved]
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -160,25 +200,30 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total += torch.bmm(a, b)
 
 
-def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    return [z if z.dtype == torch.float64 else z.float() for z in tensors]
+def _block(dtype: torch.dtype) -> int:
+    """Rows of queries at a time."""
+    return QUERY_BLOCK * (2 if dtype == torch.bfloat16 else 1)
 
 
 def _query_blocks(q: Tensor, k: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, int]]:
-    """Rows of queries, and how many keys the last of them sees."""
+    """Rows of queries, nearly as many in each, and how many keys the last of them sees."""
     length, before = q.shape[1], k.shape[1] - q.shape[1]
-    size = QUERY_BLOCK * (2 if dtype == torch.bfloat16 else 1)
+    size = math.ceil(length / max(1, round(length / _block(dtype))))
     for start in range(0, length, size):
         stop = min(start + size, length)
         yield slice(start, stop), before + stop
 
 
-def _softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+def _future(pieces: list[_Piece], v: Tensor) -> Tensor:
+    """Which keys come after which queries, as large as a block of queries may be."""
+    size = min(2 * _block(v.dtype), max((piece.length for piece in pieces), default=0))
+    return torch.ones(size, size, dtype=torch.bool, device=v.device).triu_(1)
+
+
+def _softmax_weights(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
     """Causal softmax(q k^T), where the last query sees every key."""
-    scores = torch.bmm(q, k.mT)
-    rows = q.shape[1]
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
-    scores[:, :, -rows:].masked_fill_(future, -torch.inf)
+    scores, rows = torch.bmm(q, k.mT), q.shape[1]
+    scores[:, :, -rows:].masked_fill_(future[:rows, :rows], -torch.inf)
     return scores.softmax(-1)
 
 

@@ -58,9 +58,7 @@ def timestep_norm(
     if x.numel() and use_triton(x):
         from .triton import timestep_norm_triton
 
-        return timestep_norm_triton(
-            x, weight, bias, num_groups, eps, segments, state, return_state
-        )
+        return timestep_norm_triton(x, weight, bias, num_groups, eps, segments, state, return_state)
     return timestep_norm_portable(x, weight, bias, num_groups, eps, segments, state, return_state)
 
 

@@ -1,16 +1,24 @@
 """TimestepNorm as plain torch functions, for any device.
 
 What has x's size is computed in float32. The statistics, D/G times smaller, are float64, and the
-running sums are taken about a shift near the data, so neither the length nor a large mean costs
-digits.
+running sums are taken about a shift near the segment's data, so neither the length nor a large mean
+costs digits.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..plain import plain
+from ..plain import compiled
+from ..segments import Segments
 from ..types import compute_dtype
+from .autograd import Path, normalize, statistics
 from .state import TimestepNormState
+
+# Steps that torch sums up at once, column by column: so few that they stay in a cache.
+STEPS = 64
 
 
 def timestep_norm_portable(
@@ -19,88 +27,282 @@ def timestep_norm_portable(
     bias: Tensor,
     num_groups: int,
     eps: float,
+    segments: Segments,
     state: TimestepNormState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, TimestepNormState | None]:
     """Same arguments and results as `timestep_norm`; nothing is checked here."""
-    batch, length, _ = x.shape
-    dtype = compute_dtype(x)
-    if state is None:
-        count = torch.zeros(batch, dtype=torch.int64, device=x.device)
-        mean = var = torch.zeros(batch, num_groups, dtype=dtype, device=x.device)
-    else:
-        count, mean, var = state.count, state.mean.to(dtype), state.var.to(dtype)
-    if length:
-        y, mean, var = _timestep_norm(x, weight, bias, mean, var, count, eps)
-    else:
-        y = (x * (weight + 1) + bias).to(x.dtype)
-    return y, TimestepNormState(count + length, mean, var) if return_state else None
+    return normalize(_PATH, x, weight, bias, num_groups, eps, segments, state, return_state)
 
 
-@plain
-def _timestep_norm(
+def timestep_statistics_portable(
+    x: Tensor, num_groups: int, segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `timestep_statistics`; nothing is checked here."""
+    return statistics(_PATH, x, num_groups, segments)
+
+
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    mean_in: Tensor,
-    var_in: Tensor,
-    count_in: Tensor,
+    groups: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and var after the last step.
+    segments: Segments,
+    mean_in: Tensor | None,
+    var_in: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, running mean (float64) and var [length, batch, G], and both after each segment."""
+    tables = _Tables.of(segments, x.device)
+    shift = _shift(x, mean_in, groups, tables)
+    sums = _sums(x, shift[tables.owner], groups)
+    if var_in is not None:
+        before = tables.position * var_in.double()
+        sums[(*tables.first, 1)] += before.where(tables.position > 0, 0.0)
+    _run(sums, tables.blocks)
+    y, mean, var = _normalized(x, sums, shift[tables.owner], tables.count, weight, bias, eps)
+    return y, mean, var, mean[tables.last].to(var.dtype), var[tables.last]
 
-    With a shift K, the sums S1 and S2 of (x - K) and (x - K)^2 over all scalars up to a step, both
-    divided by D/G, give mean = K + S1/count and var = S2/count - (S1/count)^2.
+
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    mean_in: Tensor | None,
+    groups: int,
+    eps: float,
+    segments: Segments,
+    grad_y: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, and of mean and var before each segment.
+
+    With A and V the running mean and variance of n steps and K a shift: v = dL/dV / n and
+    a = dL/dA / n - 2 (A - K) v. A scalar x of step t gets sum (a + 2 (x - K) v) / (D/G) from step t
+    and those after it.
     """
-    dtype = compute_dtype(x)
-    wide = _grouped(x, mean_in.shape[1])
-    step_mean, step_var = _moments(wide)
-
-    # A state without steps may hold anything.
-    started = (count_in > 0)[:, None]
-    # The first mean of the sequence is among the data, so (mean - K)^2 <= count * var, and
-    # S2/count - (S1/count)^2 keeps its digits in float64.
-    shift = torch.where(started, mean_in.double(), step_mean[:, 0]).detach()
-    before = count_in.double()[:, None]
-    s1_in = before * torch.where(started, mean_in.double() - shift, 0.0)
-    s2_in = before * torch.where(started, var_in.double(), 0.0)
-    steps = torch.arange(1, x.shape[1] + 1, device=x.device)
-    share = (count_in[:, None] + steps).double().reciprocal()[..., None]
-    u = step_mean - shift[:, None]
-    offset = (s1_in[:, None] + u.cumsum(1)) * share
-    var = (s2_in[:, None] + (step_var + u * u).cumsum(1)) * share - offset * offset
-    # Not below zero, whatever rounding did; the gradient is that of what should be there.
-    var = var - var.detach().clamp_max(0.0)
-    mean = offset + shift[:, None]
-
-    high = mean.detach().to(dtype)
-    low = (mean - high).to(dtype)
-    rstd = (var + eps).to(dtype).rsqrt()
-    normed = (wide - high[..., None]) * rstd[..., None] - (low * rstd)[..., None]
-    y = normed.flatten(2) * (weight.to(dtype) + 1) + bias.to(dtype)
-    return y.to(x.dtype), mean[:, -1].to(dtype), var[:, -1].to(dtype)
+    tables = _Tables.of(segments, x.device)
+    shift = _shift(x, mean_in, groups, tables)
+    shifts = shift[tables.owner]
+    terms, grad_weight, grad_bias = _terms(x, grad_y, mean, var, shifts, tables.count, weight, eps)
+    v = grad_var.double() / tables.end
+    a = grad_mean.double() / tables.end - 2 * (mean[tables.last] - shift) * v
+    terms[tables.last_backwards] += torch.stack((a, v), 1)
+    _run(terms, tables.blocks_backwards)
+    grad_x = _input_gradient(x, grad_y, mean, var, shifts, terms, weight, eps)
+    before = tables.position[:, None] * terms[tables.first_backwards]
+    before = before.where(tables.position[:, None] > 0, 0.0).to(var.dtype)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *before.unbind(1)
 
 
-@plain
-def timestep_statistics_portable(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Same argument and results as `timestep_statistics`; nothing is checked here."""
-    step_mean, step_var = _moments(_grouped(x, num_groups))
-    mean = step_mean.mean(1)
-    return mean, ((step_mean - mean[:, None]).square() + step_var).mean(1)
+class _Tables(NamedTuple):
+    """Where the segments are, as the functions below index by it.
+
+    blocks: (steps, rows, whether a sum goes on there) of what is summed up at once. *_backwards are
+    in tensors whose last step comes first.
+    """
+
+    owner: Tensor
+    count: Tensor
+    position: Tensor
+    end: Tensor
+    first: tuple[Tensor, Tensor]
+    last: tuple[Tensor, Tensor]
+    first_backwards: tuple[Tensor, Tensor]
+    last_backwards: tuple[Tensor, Tensor]
+    blocks: list[tuple[slice, slice, bool]]
+    blocks_backwards: list[tuple[slice, slice, bool]]
+
+    @classmethod
+    def of(cls, segments: Segments, device: torch.device) -> "_Tables":
+        return segments.kept(("timestep norm", device), lambda: cls._made(segments, device))
+
+    @classmethod
+    def _made(cls, segments: Segments, device: torch.device) -> "_Tables":
+        row, start, length, position = (
+            segments.tensor(name, device) for name in ("row", "start", "length", "position")
+        )
+        owner, count = torch.arange(len(segments), device=device), segments.positions(device) + 1
+        if segments.whole_rows:
+            owner, count = owner[None], count[:, :1]
+        else:
+            size = segments.length * segments.batch
+            owner = owner.repeat_interleave(length, output_size=size)
+            owner = owner.view(segments.batch, segments.length).mT.contiguous()
+        last, end = start + length - 1, segments.length - 1
+        pieces = _pieces(segments)
+        back = [(slice(end + 1 - s.stop, end + 1 - s.start), rows) for s, rows in pieces]
+        return cls(
+            owner,
+            count[..., None].double(),
+            position[:, None],
+            (position + length)[:, None].double(),
+            (start, row),
+            (last, row),
+            (end - start, row),
+            (end - last, row),
+            list(_blocks(pieces)),
+            list(_blocks(back)),
+        )
 
 
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """[batch, length, G, D/G] in the type to compute in."""
-    return x.to(compute_dtype(x)).unflatten(-1, (groups, -1))
+def _pieces(segments: Segments) -> list[tuple[slice, slice]]:
+    """Steps and rows of each segment, or those of all where they are whole rows."""
+    if segments.whole_rows:
+        return [(slice(0, segments.length), slice(0, segments.batch))]
+    return [(segment.steps, slice(segment.row, segment.row + 1)) for segment in segments]
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance of each step's groups, float64 [batch, length, G].
+def _blocks(pieces: list[tuple[slice, slice]]) -> Iterator[tuple[slice, slice, bool]]:
+    for steps, rows in pieces:
+        for start in range(steps.start, steps.stop, STEPS):
+            stop = min(start + STEPS, steps.stop)
+            yield slice(start, stop), rows, start > steps.start
+
+
+def _run(z: Tensor, blocks: list[tuple[slice, slice, bool]]) -> None:
+    """Sums of each segment's steps up to each step, in place of z [length, batch, ...]."""
+    for steps, rows, goes_on in blocks:
+        if goes_on:
+            z[steps.start, rows] += z[steps.start - 1, rows]
+        z[steps, rows].cumsum_(0)
+
+
+def _shift(x: Tensor, mean_in: Tensor | None, groups: int, tables: _Tables) -> Tensor:
+    """A number near each segment's data: the mean before it, or of its first step; [S, G]."""
+    shift = x[tables.first].double().unflatten(-1, (groups, -1)).mean(-1)
+    if mean_in is not None:
+        shift = torch.where(tables.position > 0, mean_in.double(), shift)
+    return shift
+
+
+def _moments(x: Tensor, groups: int, shift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Mean less a shift, and population variance, of each step's groups: float64 [..., G].
 
     The mean is taken twice, so that what it is off by is small beside the group's own deviation: a
     compiled sum in float64 would take as long as all the rest.
     """
-    rough = x.mean(-1).detach()
-    centred = x - rough[..., None]
+    wide = x.to(compute_dtype(x)).unflatten(-1, (groups, -1))
+    rough = wide.mean(-1)
+    centred = wide - rough[..., None]
     rest = centred.mean(-1).double()
-    return rough + rest, centred.square().mean(-1).double() - rest * rest
+    return rough - shift + rest, centred.square().mean(-1).double() - rest * rest
+
+
+@compiled
+def _sums(x: Tensor, shifts: Tensor, groups: int) -> Tensor:
+    """Each step's (x - shift) and (x - shift)^2, over its scalars; [length, batch, 2, G]."""
+    mean, var = _moments(x, groups, shifts)
+    return torch.stack((mean, var + mean * mean), 2)
+
+
+@compiled
+def _normalized(
+    x: Tensor,
+    sums: Tensor,
+    shifts: Tensor,
+    count: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and var that it is normalized by, from the sums up to each step."""
+    dtype = compute_dtype(x)
+    first, second = (sums / count[..., None]).unbind(2)
+    mean = first + shifts
+    var = (second - first * first).clamp_min(0.0).to(dtype)
+    normed = _normed(x, mean, var, eps)[0]
+    y = normed.flatten(2) * (weight.to(dtype) + 1) + bias.to(dtype)
+    return y.to(x.dtype), mean, var
+
+
+def _normed(
+    x: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x normalized and x less the rounded mean [..., G, D/G]; that mean and 1 / deviation."""
+    high = mean.to(var.dtype)
+    rstd = (var + eps).rsqrt()
+    low = (mean - high).to(var.dtype) * rstd
+    centred = x.to(var.dtype).unflatten(-1, (mean.shape[-1], -1)) - high[..., None]
+    return centred * rstd[..., None] - low[..., None], centred, high, rstd
+
+
+@compiled
+def _terms(
+    x: Tensor,
+    grad_y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    shifts: Tensor,
+    count: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a and v of each step [length, batch, 2, G], the last first; gradients of weight and bias."""
+    normed, _, _, rstd = _normed(x, mean, var, eps)
+    grad = grad_y.to(var.dtype)
+    gained = (grad * (weight.to(var.dtype) + 1)).view_as(normed)
+    to_mean = -gained.sum(-1) * rstd
+    to_var = -0.5 * (gained * normed).sum(-1) * rstd * rstd
+    v = to_var.double() / count
+    a = to_mean.double() / count - 2 * (mean - shifts) * v
+    terms = torch.stack((a, v), 2).flip(0)
+    return terms, (grad * normed.flatten(2)).sum((0, 1)), grad.sum((0, 1))
+
+
+@compiled
+def _input_gradient(
+    x: Tensor,
+    grad_y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    shifts: Tensor,
+    terms: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> Tensor:
+    """The gradient of x, from the sums of a and v over each step and those after it."""
+    dtype = var.dtype
+    _, centred, high, rstd = _normed(x, mean, var, eps)
+    gained = (grad_y.to(dtype) * (weight.to(dtype) + 1)).view_as(centred)
+    a, v = (terms.flip(0) / centred.shape[-1]).unbind(2)
+    slope = 2 * v
+    constant = a + slope * (high - shifts)
+    grad = gained * rstd[..., None] + centred * slope.to(dtype)[..., None]
+    return (grad + constant.to(dtype)[..., None]).flatten(2).to(x.dtype)
+
+
+def _statistics(x: Tensor, groups: int, segments: Segments) -> tuple[Tensor, Tensor]:
+    found = [_moments_of_all(x[piece], groups) for piece in _pieces(segments)]
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+
+
+@compiled
+def _moments_of_all(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and population variance over all steps, float64 [batch, G]."""
+    step_mean, step_var = _moments(x, groups)
+    mean = step_mean.mean(0)
+    return mean, ((step_mean - mean).square() + step_var).mean(0)
+
+
+def _spread(x: Tensor, mean: Tensor, slope: Tensor, constant: Tensor, segments: Segments) -> Tensor:
+    grad_x = torch.zeros_like(x)
+    pieces = _pieces(segments)
+    numbers = [slice(i, i + len(segments) // len(pieces)) for i in range(len(pieces))]
+    for piece, number in zip(pieces, numbers, strict=True):
+        grad_x[piece] = _line(x[piece], mean[number], slope[number], constant[number])
+    return grad_x
+
+
+@compiled
+def _line(x: Tensor, mean: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
+    dtype = compute_dtype(x)
+    high = mean.to(dtype)
+    constant = (constant - slope * (mean - high)).to(dtype)[..., None]
+    centred = x.to(dtype).unflatten(-1, (mean.shape[-1], -1)) - high[..., None]
+    return (centred * slope.to(dtype)[..., None] + constant).flatten(2).to(x.dtype)
+
+
+_PATH = Path(_forward, _backward, _statistics, _spread)

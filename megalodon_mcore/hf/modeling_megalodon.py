@@ -41,6 +41,7 @@ try:
         gates,
         query_key,
         row_norm,
+        segments,
         timestep_norm,
     )
 except ImportError:
@@ -48,7 +49,8 @@ except ImportError:
 
 CEMA_BLOCK = 64
 # Arguments by which transformers' collators and trainers mark samples packed into one row.
-PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
+CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+PACKING = (*CUMULATIVE_LENGTHS, "seq_idx")
 
 
 class MegalodonCache(Cache):
@@ -162,6 +164,11 @@ def set_state(state: dict, name: str, value: Tensor) -> None:
         state[name] = value.to(state[name].dtype)
 
 
+def set_rows(state: dict, name: str, rows: Tensor, value: Tensor) -> None:
+    """Puts rows in a tensor of a state."""
+    set_state(state, name, state[name].index_copy(0, rows, value.to(state[name].dtype)))
+
+
 def in_place(tensor: Tensor) -> bool:
     return not torch.is_grad_enabled() and not tensor.requires_grad
 
@@ -180,7 +187,11 @@ class Span(NamedTuple):
     # bool [batch or 1, 1, length, keys]: for a single step of the cached keys, its own among them,
     # else of the cached and the new ones; None where all rows are at a chunk's start.
     mask: Tensor | None
-    offset: int | None  # seen, where it is one number and `kernels` do the work
+    # Where `kernels` do the work: the rows' samples and padding, as they take them; those of them
+    # that are no padding, and their numbers.
+    segments: segments.Segments | None = None
+    real: segments.Segments | None = None
+    numbers: list[int] | None = None
 
 
 def make_span(
@@ -189,7 +200,8 @@ def make_span(
     lengths: Tensor | None,
     like: Tensor,
     cached: bool,
-    start: int | None,
+    starts: list[int] | None,
+    documents: list[list[int]] | None,
 ) -> Span:
     """The span of `like` [batch, length, D].
 
@@ -199,11 +211,17 @@ def make_span(
         lengths: int64 [batch]; None where nothing is padded.
         like: the input.
         cached: whether there are states to be updated.
-        start: what `seen` is in all rows; None where they differ, or nobody has looked.
+        starts: what `seen` holds; None where nobody has looked.
+        documents: of each row where its samples start, and its length; None for one a row.
     """
     length, chunk_size, device = like.shape[1], config.chunk_size, like.device
-    usable = kernels is not None and not torch.compiler.is_compiling() and start is not None
-    usable = usable and not (cached and (length == 1 or lengths is not None))
+    usable = kernels is not None and not torch.compiler.is_compiling() and starts is not None
+    if usable and not (cached and length == 1):
+        tables = make_segments(length, starts, lengths, documents)
+        if lengths is None:
+            lengths = torch.full_like(seen, length)
+        return Span(seen, lengths, None, None, None, *tables)
+    start = starts[0] if starts and len(set(starts)) == 1 else None
     fill = seen % chunk_size if start is None else seen.new_full((1,), start % chunk_size)
     # Positions count from the start of the chunk a row is in.
     position = fill[:, None] + torch.arange(length, device=device)
@@ -223,7 +241,30 @@ def make_span(
         mask = (key <= query) & (key // chunk_size == query // chunk_size)
     if lengths is None:
         lengths = torch.full_like(seen, length)
-    return Span(seen, lengths, cos, sin, mask, start if usable else None)
+    return Span(seen, lengths, cos, sin, mask)
+
+
+def make_segments(
+    length: int, starts: list[int], lengths: Tensor | None, documents: list[list[int]] | None
+) -> tuple[segments.Segments, segments.Segments, list[int]]:
+    """A span's tables for `kernels`, of rows of `length` steps.
+
+    Arguments as make_span's; padding follows a row's real steps, as a sample of its own.
+    """
+    own = kernels.segments
+    if documents is not None:
+        table = own.Segments.of_documents(documents)
+        return table, table, list(range(len(table)))
+    rows = [length] * len(starts) if lengths is None else lengths.tolist()
+    found, real = [], []
+    for row, (start, steps) in enumerate(zip(starts, rows, strict=True)):
+        if steps:
+            real.append(len(found))
+            found.append(own.Segment(row, 0, steps, start))
+        if steps < length:
+            found.append(own.Segment(row, steps, length - steps, 0))
+    table = own.Segments(length, len(starts), found)
+    return table, table.take(real), real
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -273,8 +314,8 @@ class TimestepNorm(Float32Module):
         """[batch, length, D] to the same; the state's mean and var become those after it."""
         if state is not None and x.shape[1] == 1:
             return self._step(x[:, 0], span, state)[:, None]
-        if span.offset is not None:
-            return self._by_kernels(x, span, state)
+        if span.segments is not None:
+            return self._by_kernels(x.transpose(0, 1), span, state).transpose(0, 1)
         groups = at_least_float32(x).unflatten(-1, (self.num_groups, -1))
         none = groups.new_zeros(len(x), self.num_groups, dtype=torch.float64)
         mean_before, var_before = (none, none) if state is None else (state["mean"], state["var"])
@@ -324,18 +365,25 @@ class TimestepNorm(Float32Module):
         return torch.addcmul(self.bias, normed, self.weight + 1).to(x.dtype)
 
     def _by_kernels(self, x: Tensor, span: Span, state: dict | None) -> Tensor:
+        """Of [length, batch, D]."""
         own, before = kernels.timestep_norm, None
-        if span.offset:
-            before = own.TimestepNormState(span.seen, state["mean"], state["var"])
-        arguments = (self.weight, self.bias, self.num_groups, self.eps, before)
+        if state is not None:
+            rows = span.segments.tensor("row", x.device)
+            before = own.TimestepNormState(state["mean"][rows], state["var"][rows])
+        arguments = (self.weight, self.bias, self.num_groups, self.eps, span.segments, before)
         y, _ = own.timestep_norm(x, *arguments)
         if state is not None:
             # In float64, where the state that the operator returns may be narrower.
-            mean, var = own.timestep_statistics(x, self.num_groups)
-            share = x.shape[1] / (span.offset + x.shape[1])
-            off = mean - state["mean"]
-            set_state(state, "var", state["var"].lerp(var + (1 - share) * off.square(), share))
-            set_state(state, "mean", state["mean"] + share * off)
+            mean, var = own.timestep_statistics(x, self.num_groups, span.real)
+            rows, length, position = (
+                span.real.tensor(name, x.device) for name in ("row", "length", "position")
+            )
+            share = (length / (position + length).double())[:, None]
+            held_mean, held_var = state["mean"][rows], state["var"][rows]
+            off = mean - held_mean
+            var = held_var.lerp(var + (1 - share) * off.square(), share)
+            set_rows(state, "var", rows, var)
+            set_rows(state, "mean", rows, held_mean + share * off)
         return y
 
 
@@ -394,12 +442,11 @@ class QueryKey(Float32Module):
 
     def forward(self, z: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """[batch, length, Z] to query and key [batch, length, H, Z/H]."""
-        if span.offset is not None:
-            theta, chunk_size = self.rotation
-            offset = span.offset % chunk_size
-            heads = z.unflatten(-1, (self.num_heads, -1))
-            arguments = (self.weight, self.bias, self.eps, theta, offset, chunk_size)
-            return kernels.query_key.query_key(heads, *arguments)
+        if span.segments is not None:
+            heads = z.transpose(0, 1).unflatten(-1, (self.num_heads, -1))
+            arguments = (self.weight, self.bias, self.eps, *self.rotation, span.segments)
+            query, key = kernels.query_key.query_key(heads, *arguments)
+            return query.transpose(0, 1), key.transpose(0, 1)
         heads = at_least_float32(z).unflatten(-1, (self.num_heads, -1))
         width = heads.shape[-1]
         normed = F.rms_norm(heads, (width,), eps=self.eps)
@@ -447,15 +494,23 @@ class ComplexEMA(Float32Module):
             if state is not None and x.shape[1] == 1:
                 return self._step(wide[:, 0], span, state)[:, None].to(x.dtype)
             h = None if state is None else torch.view_as_complex(state["cema"])
-            if span.offset is None:
-                y, h = self._block_scan(wide, span, h)
-            else:
-                weights = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
-                h = h if span.offset else None
-                y, h = kernels.cema.cema(x, *weights, h, return_state=state is not None)
+            if span.segments is not None:
+                return self._by_kernels(x.transpose(0, 1), span, h, state).transpose(0, 1)
+            y, h = self._block_scan(wide, span, h)
             if state is not None:
                 set_state(state, "cema", torch.view_as_real(h))
             return y.to(x.dtype)
+
+    def _by_kernels(self, x: Tensor, span: Span, h: Tensor | None, state: dict | None) -> Tensor:
+        """Of [length, batch, D]."""
+        weights = (self.alpha, self.delta, self.theta, self.gamma, self.omega)
+        if h is not None:
+            h = h[span.segments.tensor("row", x.device)]
+        y, h = kernels.cema.cema(x, *weights, span.segments, h, return_state=state is not None)
+        if state is not None:
+            rows = span.real.tensor("row", x.device)
+            set_rows(state, "cema", rows, torch.view_as_real(h)[span.numbers])
+        return y
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """p, log|q| and q's phase in turns, float64 [D, N]: powers are taken of q."""
@@ -629,10 +684,15 @@ def attention(
         return attention_step(q, k, v, span, state, dropout)
     held = [] if state is None else [state["keys"], state["values"]]
     held = [z.transpose(1, 2).to(v.dtype) for z in held]
-    if span.offset is not None:
-        fill, operator = span.offset % chunk_size, kernels.chunked_attention
-        before = operator.AttentionState(*(z[:, :fill] for z in held)) if fill else None
-        out, _ = operator.chunked_attention(q, k, v, chunk_size, before, dropout)
+    if span.segments is not None:
+        operator, before = kernels.chunked_attention, None
+        if held:
+            fills = [(s.row, s.position % chunk_size) for s in span.segments]
+            begun = (torch.cat([z[row, :fill] for row, fill in fills]) for z in held)
+            before = operator.AttentionState(*begun)
+        given = (z.transpose(0, 1) for z in (q, k, v))
+        out, _ = operator.chunked_attention(*given, chunk_size, span.segments, before, dropout)
+        out = out.transpose(0, 1)
     elif span.mask is None:
         out = attend_in_chunks(q, k, v, chunk_size, dropout)
     else:
@@ -801,8 +861,10 @@ class MegalodonModel(MegalodonPreTrainedModel):
                 after the final norm; the input is then not cut into pieces.
             positions_to_keep: return the hidden states of the last so many columns (0: of all), or
                 of the columns with these numbers.
-            position_ids: follow from the rest; looked at only to refuse packed samples.
-            **others: marks of packed samples, which are refused; the rest is ignored.
+            position_ids: follow from the rest; where they start again at 0 in a row, so does a
+                sample, which gets what it would get alone. Packed rows take no padding and no
+                cache.
+            **others: cu_seq_lens_q or seq_idx, which say the same; the rest is ignored.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -810,6 +872,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         batch, length = inputs.shape[:2]
         if length == 0:
             raise ValueError("input_ids is empty; give at least one token.")
+        given_use_cache = use_cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = past_key_values
@@ -820,7 +883,14 @@ class MegalodonModel(MegalodonPreTrainedModel):
         self._check_cache(cache, batch)
         decoding = cache is not None and length == 1
         real = self._real_steps(attention_mask, length, decoding)
-        refuse_packing(position_ids, real, inputs, others, decoding)
+        samples = None if decoding else packed_samples(position_ids, real, inputs, others)
+        if samples is not None:
+            if past_key_values is not None or given_use_cache:
+                raise ValueError(
+                    "samples are packed into a row, which no cache can go on with; leave out "
+                    "use_cache and past_key_values."
+                )
+            cache = None
 
         # Real steps go to the front of their rows; `step` says where each column's went.
         compiling = torch.compiler.is_compiling()
@@ -834,13 +904,11 @@ class MegalodonModel(MegalodonPreTrainedModel):
             inputs = inputs[torch.arange(batch, device=inputs.device)[:, None], order]
             longest = length if compiling else max(1, int(lengths.max()))
 
-        # Where the rows are, if that is one place; nothing asks while decoding.
-        start, anchor = 0, 0
+        # Where the rows are; nothing asks while decoding.
+        starts, anchor = [0] * batch, 0
         if cache is not None and cache.states:
-            start = None
-            if not decoding and not compiling:
-                seen = cache.seen.tolist()
-                start, anchor = (seen[0] if len(set(seen)) == 1 else None), seen[0]
+            starts = None if decoding or compiling else cache.seen.tolist()
+            anchor = starts[0] if starts else 0
         bounds = [0, longest]
         cuts = cache is not None and not torch.is_grad_enabled() and not output_hidden_states
         if cuts and not compiling:
@@ -855,8 +923,10 @@ class MegalodonModel(MegalodonPreTrainedModel):
         hidden_states = [] if output_hidden_states else None
         for first, stop in pairwise(bounds):
             own = None if lengths is None else (lengths - first).clamp(0, stop - first)
-            x = self._run(inputs[:, first:stop], own, cache, start, hidden_states)
-            start = None if start is None or lengths is not None else start + stop - first
+            x = self._run(inputs[:, first:stop], own, cache, starts, samples, hidden_states)
+            if starts is not None:
+                steps = [stop - first] * batch if own is None else own.tolist()
+                starts = [start + more for start, more in zip(starts, steps, strict=True)]
             if real is None and len(bounds) == 2:
                 output = x[:, columns]
             else:
@@ -874,14 +944,17 @@ class MegalodonModel(MegalodonPreTrainedModel):
         inputs: Tensor,
         lengths: Tensor | None,
         cache: MegalodonCache | None,
-        start: int | None,
+        starts: list[int] | None,
+        samples: list[list[int]] | None,
         hidden_states: list[Tensor] | None,
     ) -> Tensor:
         """One piece, real steps first; updates the cache and appends to hidden_states.
 
-        Of lengths, those of the rows, there are none where nothing is padded; start is how many
-        steps came before, where that is known to be one number.
+        Of lengths, those of the rows, there are none where nothing is padded; starts are how many
+        steps came before, where that is known; samples is what packed_samples returns.
         """
+        if samples is not None and kernels is None:
+            return self._run_apart(inputs, samples, hidden_states)
         x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
@@ -893,7 +966,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if cache is not None and not cache.states:
             cache.allocate(self, x)
         seen = x.new_zeros(len(x), dtype=torch.int64) if cache is None else cache.seen
-        span = make_span(self.config, seen, lengths, x, cache is not None, start)
+        span = make_span(self.config, seen, lengths, x, cache is not None, starts, samples)
         states = [None] * (len(self.layers) + 1) if cache is None else cache.states
         for layer, state in zip((*self.layers, self.norm), states, strict=True):
             if hidden_states is not None and layer is not self.norm:
@@ -906,6 +979,25 @@ class MegalodonModel(MegalodonPreTrainedModel):
             grows = cache.seen.add if torch.is_grad_enabled() else cache.seen.add_
             cache.seen = grows(span.lengths)
         return x
+
+    def _run_apart(
+        self, inputs: Tensor, samples: list[list[int]], hidden_states: list[Tensor] | None
+    ) -> Tensor:
+        """Packed samples one after another."""
+        rows, parts = [], []
+        for row, bounds in enumerate(samples):
+            outputs = []
+            for start, stop in pairwise(bounds):
+                part = None if hidden_states is None else []
+                sample = inputs[row : row + 1, start:stop]
+                outputs.append(self._run(sample, None, None, [0], None, part))
+                parts.append(part)
+            rows.append(torch.cat(outputs, dim=1))
+        if hidden_states is not None:
+            for pieces in zip(*parts, strict=True):
+                joined = torch.cat(pieces, dim=1)
+                hidden_states.append(joined.unflatten(1, inputs.shape[:2]).squeeze(0))
+        return torch.cat(rows)
 
     def _check_cache(self, cache: MegalodonCache | None, batch: int) -> None:
         if cache is None:
@@ -949,37 +1041,84 @@ class MegalodonModel(MegalodonPreTrainedModel):
         return None if not torch.compiler.is_compiling() and real.all() else real
 
 
-def refuse_packing(
-    position_ids: Tensor | None, real: Tensor | None, inputs: Tensor, others: dict, decoding: bool
-) -> None:
-    """Refuses rows of several samples, whose averages and attention would run across them.
+def packed_samples(
+    position_ids: Tensor | None, real: Tensor | None, inputs: Tensor, others: dict
+) -> list[list[int]] | None:
+    """Where samples start in each row, and its length; None where a row is one sample.
 
     Raises:
-        ValueError: something says that there are such rows; one sentence names it.
+        ValueError: what says so contradicts itself, or samples are packed beside padding.
     """
-    advice = "give every sample a row of its own, padded with zeros in attention_mask."
-    for name in PACKING:
-        if others.get(name) is not None:
+    batch, length = inputs.shape[:2]
+    starts = [
+        sample_starts(name, others[name], batch, length)
+        for name in PACKING
+        if others.get(name) is not None
+    ]
+    if position_ids is not None and not counts_a_row(position_ids, real, inputs):
+        rises = position_ids.diff(dim=1) == 1
+        first = torch.ones_like(position_ids[:, :1], dtype=torch.bool)
+        fresh = torch.cat([first, ~rises], dim=1)
+        require(
+            (position_ids[:, 1:][~rises] == 0).all(),
+            "position_ids jump in a row, but not to 0, where a packed sample would start.",
+        )
+        starts.append(fresh.expand(batch, -1).cpu())
+    if not starts:
+        return None
+    if any(not torch.equal(other, starts[0]) for other in starts):
+        raise ValueError(
+            f"position_ids, {', '.join(PACKING)}: two of them disagree on where samples start."
+        )
+    if real is not None:
+        raise ValueError(
+            "attention_mask has zeros and the rows hold packed samples; leave padding out of them, "
+            "or give every sample a row of its own."
+        )
+    return [[*row.nonzero()[:, 0].tolist(), length] for row in starts[0]]
+
+
+def sample_starts(name: str, value: Tensor, batch: int, length: int) -> Tensor:
+    """The first columns of samples, bool [batch, length], by one of PACKING.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    starts = torch.zeros(batch, length, dtype=torch.bool)
+    if name == "seq_idx":
+        if tuple(value.shape) != (batch, length):
             raise ValueError(
-                f"{name} is given, but Megalodon cannot keep packed samples apart; {advice}"
+                f"seq_idx has shape {list(value.shape)}; it takes the number of each token's "
+                f"sample, {[batch, length]}."
             )
-    if position_ids is None or decoding:
-        return
+        starts[:, 0] = True
+        starts[:, 1:] = (value.diff(dim=1) != 0).cpu()
+        return starts
+    bounds = value.flatten().tolist()
+    if batch != 1 or bounds[:1] != [0] or bounds[-1] != length or bounds != sorted(bounds):
+        raise ValueError(
+            f"{name} is {bounds} for input of shape {[batch, length]}; it takes the cumulative "
+            f"lengths of one row's samples, from 0 to {length}."
+        )
+    starts[0, sorted(set(bounds[:-1]) - {length})] = True
+    return starts
+
+
+def counts_a_row(position_ids: Tensor, real: Tensor | None, inputs: Tensor) -> bool:
+    """Whether positions count a row's real steps or its columns, from any number on."""
     batch, length = inputs.shape[:2]
     column = torch.arange(length, device=inputs.device).expand(batch, -1)
     real = torch.ones_like(column, dtype=torch.bool) if real is None else real
     constant = torch.zeros((batch,), dtype=torch.bool, device=inputs.device)
-    # Positions count a row's real steps or its columns, from any number on.
     for count in (real.cumsum(1), column):
         offset = position_ids - count
         least = offset.masked_fill(~real, torch.iinfo(torch.int64).max).amin(1)
         most = offset.masked_fill(~real, torch.iinfo(torch.int64).min).amax(1)
         constant = constant | (least >= most)
-    require(
-        constant.all(),
-        "position_ids restart or jump in a row, but Megalodon cannot keep packed samples apart; "
-        + advice,
-    )
+    if torch.compiler.is_compiling():
+        require(constant.all(), "position_ids restart or jump in a row, but the model is compiled.")
+        return True
+    return bool(constant.all())
 
 
 def require(condition: Tensor, sentence: str) -> None:
@@ -1028,6 +1167,9 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         Args as for MegalodonModel, and labels int64 [batch, length] for the loss of each next
         token; -100 is left out.
         """
+        marks = {name: loss_arguments.pop(name) for name in PACKING if name in loss_arguments}
+        if labels is not None and (marks or position_ids is not None):
+            labels = self._without_first_of_samples(labels, attention_mask, position_ids, marks)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1038,7 +1180,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             positions_to_keep=logits_to_keep,
             position_ids=position_ids,
             return_dict=True,
-            **{name: loss_arguments.pop(name) for name in PACKING if name in loss_arguments},
+            **marks,
         )
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
@@ -1050,6 +1192,23 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _without_first_of_samples(
+        self,
+        labels: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        marks: dict,
+    ) -> Tensor:
+        """Labels with -100 for samples' first tokens, which nothing before them predicts."""
+        real = self.model._real_steps(attention_mask, labels.shape[1], False)
+        samples = packed_samples(position_ids, real, labels, marks)
+        if samples is None:
+            return labels
+        labels = labels.clone()
+        for row, bounds in enumerate(samples):
+            labels[row, bounds[:-1]] = -100
+        return labels
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: object

@@ -24,6 +24,7 @@ from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
 from megalodon_mcore.layers.mixer import MegalodonMixer
 from megalodon_mcore.layers.norms import TimestepNorm
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
+from megalodon_mcore.parallel.documents import Documents
 from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
 
@@ -41,6 +42,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         submodules: MegalodonLayerSubmodules,
         megalodon: MegalodonConfig,
         sequence_order: str,
+        documents: Documents,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
@@ -63,9 +65,12 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             "megalodon": megalodon,
             "submodules": submodules,
             "pg_collection": pg_collection,
-            "parallel": ModelParallel(pg_collection, config.sequence_parallel, sequence_order),
+            "parallel": ModelParallel(
+                pg_collection, config.sequence_parallel, sequence_order, documents
+            ),
             "device": parameter_device(config),
         }
+        self.documents = documents
         self.mixer = MegalodonMixer(**common)
         self.feed_forward = MegalodonFeedForward(layer_number=self.layer_number, **common)
 
@@ -81,17 +86,17 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         """Called by TransformerBlock; masks and rotary embeddings it passes are not needed.
 
         Raises:
-            ValueError: packed sequences or an inference context, which a block cannot honour.
+            ValueError: impossible bounds of documents, or an inference context, which a block
+                cannot honour.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "Megalodon does not mask documents inside a sample yet; train without "
-                "--dataloader-inter-document-masking, --sft and other packed-sequence options."
-            )
         if inference_context is not None:
             raise ValueError(
                 "Megalodon does not generate in Megatron; use `megalodon-mcore generate`."
             )
+        self.documents.set(packed_seq_params)
+        if self.documents.packed:
+            # A pipeline's stage receives the row in the shape of the rows that were put together.
+            hidden_states = hidden_states.reshape(-1, 1, hidden_states.shape[-1])
         return self._block(hidden_states), context
 
     def _block(self, hidden_states: Tensor) -> Tensor:
@@ -134,6 +139,7 @@ class FinalTimestepNorm(TimestepNorm):
         eps: float,
         num_groups: int,
         sequence_order: str,
+        documents: Documents,
     ) -> None:
         super().__init__(hidden_size, num_groups, eps, parameter_device(config))
         self.output_dtype = config.params_dtype
@@ -141,13 +147,14 @@ class FinalTimestepNorm(TimestepNorm):
             ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "tp_cp"]),
             config.sequence_parallel,
             sequence_order,
+            documents,
         )
         if self.parallel.sequence_parallel:
             mark_sequence_parallel(self)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalizes [length, batch, hidden_size]."""
-        shards = self.parallel.residual_shards(hidden_states.shape[0])
+        shards = self.parallel.residual_shards(*hidden_states.shape[:2])
         normalized = super().forward(hidden_states, shards)
         return normalized.to(self.output_dtype).contiguous()
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_mcore.kernels.cema import cema, cema_response, coefficients, powers
+from megalodon_mcore.kernels.cema import cema, cema_summary, coefficients, powers
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 from megalodon_mcore.layers.initialization import fill_cema_parameter
-from megalodon_mcore.parallel.sequence_layout import Segment
-from megalodon_mcore.parallel.sequence_shards import SequenceShards
+from megalodon_mcore.parallel.sequence_shards import Earlier, SequenceShards
 from megalodon_mcore.parameters import LAYER_ROWS, Row
 
 PREFIX = "mixer.cema."
@@ -49,54 +48,37 @@ class ComplexEMA(Float32Module):
                 with torch.no_grad():
                     parameter.copy_(values.chunk(shares)[share])
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        shards: SequenceShards | None = None,
-    ) -> Tensor:
-        """Averages [length, batch, channels].
-
-        Args:
-            hidden_states: the whole sequence, or this rank's share of it.
-            shards: how ranks share the sequence; None where this rank has all of it.
-        """
-        if shards is None:
-            return self._average(hidden_states, False)[0]
-        parts = [self._average(part, True) for part in shards.split(hidden_states)]
-        states = shards.gather([torch.view_as_real(state) for _, state in parts])
-        states = torch.view_as_complex(states)
-        outputs = []
-        for segment, (averages, _) in zip(shards.own, parts, strict=True):
-            incoming = self._incoming_state(shards, segment, states)
-            response = cema_response(
-                incoming, self.alpha, self.delta, self.theta, self.gamma, segment.length
+    def forward(self, hidden_states: Tensor, shards: SequenceShards) -> Tensor:
+        """Averages [length, batch, channels], cut as `shards` says."""
+        state = None
+        if shards.joined:
+            summaries = cema_summary(
+                hidden_states, self.alpha, self.delta, self.theta, shards.leaving
             )
-            outputs.append(averages + response.transpose(0, 1).to(averages.dtype))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def _average(self, hidden_states: Tensor, return_state: bool) -> tuple[Tensor, Tensor | None]:
-        averages, state = cema(
-            hidden_states.transpose(0, 1),
+            hidden_states, earlier = shards.exchange(hidden_states, torch.view_as_real(summaries))
+            state = shards.as_states(self._decayed(earlier))
+        averages, _ = cema(
+            hidden_states,
             self.alpha,
             self.delta,
             self.theta,
             self.gamma,
             self.omega,
-            return_state=return_state,
+            shards.segments,
+            state,
         )
-        return averages.transpose(0, 1), state
+        return averages
 
-    def _incoming_state(self, shards: SequenceShards, segment: Segment, states: Tensor) -> Tensor:
-        """The state before a segment: earlier segments' own states, each decayed since its end.
+    def _decayed(self, earlier: Earlier) -> Tensor:
+        """The states before segments [K, batch, channels, N], complex.
 
-        states: complex [all segments, batch, channels, N], of each segment after a zero state.
+        Earlier segments' own states have decayed since their ends.
         """
-        before = shards.number_before(segment)
-        distances = [segment.start - earlier.stop for earlier in shards.all[:before]]
         _, log_magnitude, turns = coefficients(self.alpha, self.delta, self.theta)
-        exponents = torch.tensor(distances, dtype=torch.float64, device=states.device)
-        decay = powers(log_magnitude, turns, exponents, states.dtype.to_real())
-        return torch.einsum("dsn,sbdn->bdn", decay, states[:before])
+        states = torch.view_as_complex(earlier.summaries.contiguous())
+        distances = earlier.distances
+        decay = powers(log_magnitude, turns, distances.flatten(), states.dtype.to_real())
+        return torch.einsum("dkpn,kpbdn->kbdn", decay.unflatten(1, distances.shape), states)
 
 
 def rows_by_name() -> dict[str, Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from megatron.core import tensor_parallel
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalodon_mcore.config import MegalodonConfig
-from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
+from megalodon_mcore.kernels.chunked_attention import chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu
 from megalodon_mcore.layers.cema import ComplexEMA
 from megalodon_mcore.layers.initialization import weight_initializer
@@ -123,11 +124,10 @@ class MegalodonMixer(MegatronModule):
         """
         hidden_dropout = self.megalodon.hidden_dropout
         split = self.split
-        normalized = self.timestep_norm(
-            hidden_states, self.parallel.residual_shards(hidden_states.shape[0])
-        )
+        shards = self.parallel.residual_shards(*hidden_states.shape[:2])
+        normalized = self.timestep_norm(hidden_states, shards)
         normalized = split.whole_sequence(normalized.to(self.config.params_dtype))
-        shards = self.parallel.context_shards(normalized.shape[0])
+        shards = self.parallel.context_shards(*normalized.shape[:2])
         averages = self.cema(split.own_channels(normalized), shards)
         mixed = self.cema_norm(split.all_channels(averages))
         with dropout_rng.for_common_part(split):
@@ -136,61 +136,37 @@ class MegalodonMixer(MegatronModule):
         projections = (self.linear_z(mixed)[0], self.linear_v(normalized)[0])
         projections = (*projections, self.linear_r(mixed)[0])
         if self.recompute_attention and self.training:
-            gated = tensor_parallel.checkpoint(self._gated_attention, False, *projections)
+            attend = functools.partial(self._gated_attention, shards)
+            gated = tensor_parallel.checkpoint(attend, False, *projections)
         else:
-            gated = self._gated_attention(*projections)
+            gated = self._gated_attention(shards, *projections)
         update, _ = self.linear_proj(torch.cat([split.own_channels(mixed), gated], dim=-1))
         return update
 
-    def _gated_attention(self, z: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    def _gated_attention(
+        self, shards: SequenceShards, z: Tensor, value: Tensor, gate: Tensor
+    ) -> Tensor:
         """a * r from what z, v and r are before normalization and SiLU; [length, batch, ...]."""
         value = F.silu(value).unflatten(-1, (self.split.heads, -1))
-        shards = self.parallel.context_shards(z.shape[0])
         # Ranks that share a head drop the same of its weights.
         attention_rng = (
             dropout_rng.for_common_part if self.split.shares_heads else dropout_rng.for_own_part
         )
+        query, key = self.query_key(z, shards.segments)
+        key, value, before = with_chunk_prefixes(shards, key, value, self.megalodon.chunk_size)
         with attention_rng(self.split):
-            if shards is None:
-                attended = self._attend(*self.query_key(z, 0), value=value)
-            else:
-                attended = self._attend_shards(z, value, shards)
+            attended, _ = chunked_attention(
+                query,
+                key,
+                value,
+                self.megalodon.chunk_size,
+                shards.segments,
+                before,
+                dropout_p=self.config.attention_dropout if self.training else 0.0,
+            )
         gated = gated_silu(gate, attended.flatten(-2))
         with dropout_rng.for_own_part(self.split):
             return F.dropout(gated, self.megalodon.hidden_dropout, self.training)
-
-    def _attend_shards(self, z: Tensor, value: Tensor, shards: SequenceShards) -> Tensor:
-        queries, keys = zip(
-            *[
-                self.query_key(part, segment.start)
-                for segment, part in zip(shards.own, shards.split(z), strict=True)
-            ],
-            strict=True,
-        )
-        key = torch.cat(keys) if len(keys) > 1 else keys[0]
-        width = key.shape[-1]
-        pieces = with_chunk_prefixes(
-            shards, torch.cat([key, value], dim=-1), self.megalodon.chunk_size
-        )
-        attended = []
-        for query, (before, held) in zip(queries, pieces, strict=True):
-            before = before.transpose(0, 1)
-            prefix = AttentionState(before[..., :width], before[..., width:])
-            attended.append(self._attend(query, held[..., :width], held[..., width:], prefix))
-        return torch.cat(attended) if len(attended) > 1 else attended[0]
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState | None = None
-    ) -> Tensor:
-        attended, _ = chunked_attention(
-            query.transpose(0, 1),
-            key.transpose(0, 1),
-            value.transpose(0, 1),
-            self.megalodon.chunk_size,
-            state=state,
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
-        )
-        return attended.transpose(0, 1)
 
     def sharded_state_dict(
         self,

@@ -12,8 +12,7 @@ from megalodon_mcore.kernels.timestep_norm import (
     timestep_statistics,
 )
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
-from megalodon_mcore.parallel.sequence_layout import Segment
-from megalodon_mcore.parallel.sequence_shards import SequenceShards
+from megalodon_mcore.parallel.sequence_shards import Earlier, SequenceShards
 
 
 class TimestepNorm(Float32Module):
@@ -28,58 +27,33 @@ class TimestepNorm(Float32Module):
         self.weight = float32_parameter((hidden_size,), device)
         self.bias = float32_parameter((hidden_size,), device)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        shards: SequenceShards | None = None,
-    ) -> Tensor:
-        """Normalizes [length, batch, hidden_size].
-
-        Args:
-            hidden_states: the whole sequence, or this rank's share of it.
-            shards: how ranks share the sequence; None where this rank has all of it.
-        """
-        if shards is None:
-            return self._normalize(hidden_states, None)
-        parts = shards.split(hidden_states)
-        statistics = [
-            torch.stack(timestep_statistics(part.transpose(0, 1), self.num_groups))
-            for part in parts
-        ]
-        means, variances = shards.gather(statistics).unbind(1)
-        normalized = [
-            self._normalize(part, _merge(shards, segment, means, variances))
-            for segment, part in zip(shards.own, parts, strict=True)
-        ]
-        return torch.cat(normalized) if len(normalized) > 1 else normalized[0]
-
-    def _normalize(self, hidden_states: Tensor, state: TimestepNormState | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, shards: SequenceShards) -> Tensor:
+        """Normalizes [length, batch, hidden_size], cut as `shards` says."""
+        state = None
+        if shards.joined:
+            statistics = timestep_statistics(hidden_states, self.num_groups, shards.leaving)
+            hidden_states, earlier = shards.exchange(hidden_states, torch.stack(statistics, dim=1))
+            state = TimestepNormState(*map(shards.as_states, _merged(earlier)))
         normalized, _ = timestep_norm(
-            hidden_states.transpose(0, 1),
+            hidden_states,
             self.weight,
             self.bias,
             self.num_groups,
             self.eps,
-            state=state,
+            shards.segments,
+            state,
         )
-        return normalized.transpose(0, 1)
+        return normalized
 
 
-def _merge(
-    shards: SequenceShards, segment: Segment, means: Tensor, variances: Tensor
-) -> TimestepNormState:
-    """The state of TimestepNorm when it reaches a segment (Chan et al., for many sets at once).
-
-    means, variances: float64 [all segments, batch, groups], of each segment alone.
-    """
-    before = shards.number_before(segment)
-    means, variances = means[:before], variances[:before]
-    lengths = means.new_tensor([s.length for s in shards.all[:before]]).view(-1, 1, 1)
-    count = max(segment.start, 1)
-    mean = (lengths * means).sum(0) / count
-    var = (lengths * (variances + (means - mean).square())).sum(0) / count
-    steps = torch.full(mean.shape[:1], segment.start, dtype=torch.int64, device=mean.device)
-    return TimestepNormState(steps, mean, var)
+def _merged(earlier: Earlier) -> tuple[Tensor, Tensor]:
+    """Mean and variance [K, batch, groups] of all earlier segments (Chan et al., for many sets)."""
+    means, variances = earlier.summaries.unbind(3)
+    lengths = earlier.lengths[..., None, None]
+    count = lengths.sum(1)
+    mean = (lengths * means).sum(1) / count
+    var = (lengths * (variances + (means - mean[:, None]).square())).sum(1) / count
+    return mean, var
 
 
 class RMSNorm(Float32Module):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megalodon_mcore.kernels.query_key import query_key
+from megalodon_mcore.kernels.segments import Segments
 from megalodon_mcore.layers.float32_module import Float32Module, float32_parameter
 
 
@@ -30,18 +31,14 @@ class QueryKey(Float32Module):
         self.weight = float32_parameter((2, num_heads * head_dim), device)
         self.bias = float32_parameter((2, num_heads * head_dim), device)
 
-    def forward(self, z: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """[length, batch, heads * width] to two [length, batch, heads, width] in z's dtype.
-
-        The first position is `offset` in its sequence; rotary positions restart at every chunk.
-        """
-        query, key = query_key(
-            z.unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1),
+    def forward(self, z: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+        """[length, batch, heads * width] to two [length, batch, heads, width] in z's dtype."""
+        return query_key(
+            z.unflatten(-1, (self.num_heads, self.head_dim)),
             self.weight,
             self.bias,
             self.eps,
             self.rotary_base,
-            offset,
             self.chunk_size,
+            segments,
         )
-        return query.transpose(0, 1), key.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Keys and values of chunks that straddle segments, fetched from the ranks that hold them."""
+"""Keys and values of chunks that segments start inside of, fetched from other ranks."""
 
 from __future__ import annotations
 
@@ -10,70 +10,71 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megalodon_mcore.parallel.sequence_layout import Segment, SequenceLayout
+from megalodon_mcore.kernels.chunked_attention import AttentionState
+from megalodon_mcore.parallel.sequence_layout import SequenceLayout
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
-
-Rows = tuple[int, int]
-"""A first row and a number of rows."""
 
 
 def with_chunk_prefixes(
-    shards: SequenceShards, rows: Tensor, chunk_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Each own segment of `rows`, after the rows of its first chunk that lie before it.
+    shards: SequenceShards, key: Tensor, value: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, AttentionState | None]:
+    """What lies before own segments in the chunks that they start in.
 
-    Only what straddling chunks need travels, in one all-to-all with uneven parts; where no rank's
-    segments begin inside a chunk, nothing does.
+    Only that travels, in one all-to-all with uneven parts; where no rank's segments start inside a
+    chunk, nothing does.
 
     Args:
-        shards: the layout of `rows`.
-        rows: [length, batch, width], keys and values side by side.
+        shards: how key and value are cut.
+        key: [length, batch, heads, dk].
+        value: [length, batch, heads, dv].
         chunk_size: positions in an attention chunk.
 
     Returns:
-        (prefix [m, batch, width], segment [length, batch, width]) for each own segment.
+        key and value, to be used further, so that all ranks take part in the backward exchange; and
+        the state for `chunked_attention`, None where no rank needs any.
     """
-    plan = _plan(shards.layout, shards.group.rank(), chunk_size)
+    plan = _plan(shards.layout, shards.rank, chunk_size)
     if not plan.anything:
-        empty = rows.new_empty(0, *rows.shape[1:])
-        return [(empty, segment) for segment in shards.split(rows)]
-    rows, received = _Exchange.apply(rows, plan, shards.group)
-    lengths = [part.length for part, _ in plan.received]
-    pieces = dict(zip(plan.received, received.split(lengths), strict=True))
-    result = []
-    for place, segment in enumerate(shards.split(rows)):
-        parts = sorted(key for key in pieces if key[1] == place)
-        prefix = [pieces[key] for key in parts] or [received[:0]]
-        result.append((torch.cat(prefix), segment))
-    return result
+        return key, value, None
+    width = key.shape[-1]
+    rows, received = _Exchange.apply(torch.cat([key, value], dim=-1), plan, shards.group)
+    order = torch.tensor(plan.order, device=rows.device, dtype=torch.int64)
+    before = received.index_select(0, order).transpose(0, 1).flatten(0, 1)
+    state = AttentionState(before[..., :width], before[..., width:])
+    return rows[..., :width], rows[..., width:], state
 
 
 class _Plan:
     """The rows that go from rank to rank; every rank computes the same from the layout."""
 
     def __init__(self, layout: SequenceLayout, rank: int, chunk_size: int) -> None:
-        self.send_rows: list[Rows] = []
+        self.send_rows: list[tuple[int, int]] = []
+        """A first row and a number of rows."""
         self.send_counts: list[int] = []
         self.receive_counts: list[int] = []
-        # What arrives, in its order: the positions, and the own segment that they precede.
-        self.received: list[tuple[Segment, int]] = []
-        ranks = range(len(layout.segments))
         wanted = [
-            [Segment(s.start - s.start % chunk_size, s.start) for s in layout.segments[r]]
-            for r in ranks
+            [(span.start - span.position % chunk_size, span.start) for span in held]
+            for held in layout.spans
         ]
-        self.anything = any(prefix.length for held in wanted for prefix in held)
-        for other in ranks:
-            sent = [found for prefix in wanted[other] for found in layout.rows(rank, prefix)]
-            self.send_rows += [(row, part.length) for part, row in sent]
-            self.send_counts.append(sum(part.length for part, _ in sent))
-            arriving = [
-                (part, place)
-                for place, prefix in enumerate(wanted[rank])
-                for part, _ in layout.rows(other, prefix)
+        self.anything = any(start < stop for held in wanted for start, stop in held)
+        arriving = []
+        for other, prefixes in enumerate(wanted):
+            sent = [
+                (row, count)
+                for start, stop in prefixes
+                if start < stop
+                for _, row, count in layout.rows(rank, start, stop)
             ]
-            self.received += arriving
-            self.receive_counts.append(sum(part.length for part, _ in arriving))
+            self.send_rows += sent
+            self.send_counts.append(sum(count for _, count in sent))
+            before = len(arriving)
+            for place, (start, stop) in enumerate(wanted[rank]):
+                if start < stop:
+                    for first, _, count in layout.rows(other, start, stop):
+                        arriving += [(place, position) for position in range(first, first + count)]
+            self.receive_counts.append(len(arriving) - before)
+        # By own span, and by position before it.
+        self.order = sorted(range(len(arriving)), key=arriving.__getitem__)
 
 
 _plan = lru_cache(maxsize=64)(_Plan)

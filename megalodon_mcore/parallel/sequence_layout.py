@@ -2,99 +2,143 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SEQUENCE_ORDERS = ("contiguous", "zigzag")
+ORDERS_OF_ROWS = ("contiguous", "zigzag")
+DOCUMENT_ZIGZAG = "document_zigzag"
+SEQUENCE_ORDERS = (*ORDERS_OF_ROWS, DOCUMENT_ZIGZAG)
 ORDER_OF_MEGATRON = "zigzag"
-"""How get_batch of Megatron's scripts and of Bridge cuts."""
+"""How get_batch of Megatron's scripts and of Bridge cuts, but for packed conversations."""
 
 
-class Segment(NamedTuple):
-    """Consecutive positions start..stop-1 of the sequence."""
+class Span(NamedTuple):
+    """Consecutive positions start..stop-1 of a sequence, all of one document."""
 
     start: int
     stop: int
+    document: int
+    """Where in the sequence their document starts."""
 
     @property
     def length(self) -> int:
-        """Positions in the segment."""
+        """Positions in the span."""
         return self.stop - self.start
+
+    @property
+    def position(self) -> int:
+        """Positions of the document before the span."""
+        return self.start - self.document
+
+
+Run = tuple[int, int]
+"""Consecutive positions start..stop-1 of a sequence, of any documents."""
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The segments of every rank of a group, in the order in which the rank holds them."""
+    """The spans of every rank of a group, in the order in which the rank holds them."""
 
-    segments: tuple[tuple[Segment, ...], ...]
+    spans: tuple[tuple[Span, ...], ...]
 
-    def in_order(self) -> list[tuple[Segment, int, int]]:
-        """Every segment with its rank and its place there, by position in the sequence."""
+    def in_order(self) -> list[tuple[Span, int, int]]:
+        """Every span with its rank and its place there, by position in the sequence."""
         return sorted(
-            (segment, rank, place)
-            for rank, held in enumerate(self.segments)
-            for place, segment in enumerate(held)
+            (span, rank, place)
+            for rank, held in enumerate(self.spans)
+            for place, span in enumerate(held)
         )
 
-    def rows(self, rank: int, wanted: Segment) -> list[tuple[Segment, int]]:
-        """The parts of `wanted` that a rank holds, each with its first row in the rank's tensor."""
-        found, row = [], 0
-        for held in self.segments[rank]:
-            part = Segment(max(held.start, wanted.start), min(held.stop, wanted.stop))
-            if part.length > 0:
-                found.append((part, row + part.start - held.start))
+    def rows(self, rank: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Of positions start..stop-1 those that a rank holds: (first position, row, number)."""
+        row = 0
+        for held in self.spans[rank]:
+            first, last = max(held.start, start), min(held.stop, stop)
+            if first < last:
+                yield first, row + first - held.start, last - first
             row += held.length
-        return found
 
 
-def context_parallel_layout(order: str, size: int, local_length: int) -> SequenceLayout:
-    """How context parallelism cuts a sequence of size * local_length positions.
+def sequence_layout(
+    order: str,
+    context_parallel_size: int,
+    sequence_parallel_size: int,
+    bounds: Sequence[int],
+) -> SequenceLayout:
+    """How a sequence is cut over context-parallel ranks, and each one's share over its TP ranks.
 
-    `contiguous` gives rank r the r-th of `size` parts. `zigzag` is what Megatron's get_batch does:
-    of 2 * size parts rank r holds number r and number 2 * size - 1 - r.
+    `contiguous` gives rank r the r-th of `size` equal parts. `zigzag` is what Megatron's get_batch
+    does: of 2 * size parts rank r holds number r and number 2 * size - 1 - r. `document_zigzag`
+    does so with every document apart, as Transformer Engine cuts packed sequences.
+
+    Args:
+        order: one of SEQUENCE_ORDERS.
+        context_parallel_size: context-parallel ranks.
+        sequence_parallel_size: ranks that cut each of those one's positions again into equal
+            parts, and are ranks of the layout, next to each other; 1 without sequence parallelism.
+        bounds: where documents start, from 0 on, and the sequence's length.
 
     Raises:
-        ValueError: the order is unknown, or local_length is odd in zigzag.
+        ValueError: the order is unknown, or the sequence can't be cut so.
     """
-    if order == "contiguous" or (order == "zigzag" and size == 1):
-        starts = [(rank * local_length,) for rank in range(size)]
-        length = local_length
-    elif order == "zigzag":
-        if local_length % 2:
-            raise ValueError(
-                f"a rank holds {local_length} positions, but zigzag order gives each two equal "
-                f"segments; take a length that 2 * --context-parallel-size = {2 * size} divides."
-            )
-        length = local_length // 2
-        starts = [(rank * length, (2 * size - 1 - rank) * length) for rank in range(size)]
+    size, length = context_parallel_size, bounds[-1]
+    if order not in SEQUENCE_ORDERS:
+        raise ValueError(f"sequence order is {order!r}; it takes {', '.join(SEQUENCE_ORDERS)}.")
+    if size == 1 or order == "contiguous":
+        runs = [[part] for part in _equal_parts(0, length, size)]
     else:
-        raise ValueError(f"sequence order is {order!r}; it takes {' or '.join(SEQUENCE_ORDERS)}.")
-    return SequenceLayout(
-        tuple(tuple(Segment(start, start + length) for start in held) for held in starts)
-    )
+        wholes = zip(bounds, bounds[1:], strict=False) if order != "zigzag" else [(0, length)]
+        runs = [[] for _ in range(size)]
+        for start, stop in wholes:
+            parts = _equal_parts(start, stop, 2 * size)
+            for rank, held in enumerate(runs):
+                held += [parts[rank], parts[-1 - rank]]
+    if sequence_parallel_size > 1:
+        runs = [part for held in runs for part in _cut_again(held, sequence_parallel_size)]
+    return SequenceLayout(tuple(tuple(_spans(held, bounds)) for held in runs))
 
 
-def sequence_parallel_layout(layout: SequenceLayout, size: int) -> SequenceLayout:
-    """Each rank's positions cut again into `size` equal parts, which become ranks of their own.
+def _equal_parts(start: int, stop: int, count: int) -> list[Run]:
+    if (stop - start) % count:
+        raise ValueError(
+            f"{stop - start} positions can't be cut into {count} equal parts; context parallelism "
+            "needs lengths that --context-parallel-size divides, and twice that in zigzag order."
+        )
+    step = (stop - start) // count
+    return [(first, first + step) for first in range(start, stop, step)]
 
-    Raises:
-        ValueError: a rank's positions can't be cut so.
-    """
+
+def _cut_again(runs: list[Run], size: int) -> list[list[Run]]:
+    total = sum(stop - start for start, stop in runs)
+    if total % size:
+        raise ValueError(
+            f"a context-parallel rank holds {total} positions, which --tensor-model-parallel-size "
+            f"{size} does not divide; sequence parallelism needs equal parts."
+        )
     parts = []
-    for held in layout.segments:
-        total = sum(segment.length for segment in held)
-        if total % size:
-            raise ValueError(
-                f"a context-parallel rank holds {total} positions, which "
-                f"--tensor-model-parallel-size {size} does not divide; sequence parallelism "
-                "needs equal parts."
-            )
-        for part in range(size):
-            first, last, row, cut = part * total // size, (part + 1) * total // size, 0, []
-            for segment in held:
-                start, stop = max(first - row, 0), min(last - row, segment.length)
-                if start < stop:
-                    cut.append(Segment(segment.start + start, segment.start + stop))
-                row += segment.length
-            parts.append(tuple(cut))
-    return SequenceLayout(tuple(parts))
+    for part in range(size):
+        first, last, row, cut = part * total // size, (part + 1) * total // size, 0, []
+        for start, stop in runs:
+            low, high = max(first - row, 0), min(last - row, stop - start)
+            if low < high:
+                cut.append((start + low, start + high))
+            row += stop - start
+        parts.append(cut)
+    return parts
+
+
+def _spans(runs: list[Run], bounds: Sequence[int]) -> Iterator[Span]:
+    """The runs, cut where documents end; runs next to each other are one."""
+    joined: list[Run] = []
+    for start, stop in runs:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    for start, stop in joined:
+        number = bisect_right(bounds, start)
+        while start < stop:
+            end = min(stop, bounds[number])
+            yield Span(start, end, bounds[number - 1])
+            start, number = end, number + 1

@@ -6,9 +6,9 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 
 from megalodon_mcore.parallel.sequence_layout import (
-    SEQUENCE_ORDERS,
+    ORDERS_OF_ROWS,
     SequenceLayout,
-    context_parallel_layout,
+    sequence_layout,
 )
 
 RECOMPUTE = ("none", "selective", "full")
@@ -56,7 +56,7 @@ class ParallelLayout:
 
     def context_layout(self) -> SequenceLayout:
         """The positions of every context-parallel rank."""
-        return context_parallel_layout(self.order, self.cp, self.seq_length // self.cp)
+        return sequence_layout(self.order, self.cp, 1, (0, self.seq_length))
 
     def stage_layers(self, num_layers: int, stage: int) -> int:
         """Layers of a pipeline stage."""
@@ -95,7 +95,7 @@ def add_layout_arguments(parser: ArgumentParser) -> None:
         ("micro-batch-size", "Sequences in a micro-batch (1)."),
     ):
         group.add_argument(f"--{name}", type=int, help=meaning)
-    group.add_argument("--order", choices=SEQUENCE_ORDERS, help="How CP cuts (contiguous).")
+    group.add_argument("--order", choices=ORDERS_OF_ROWS, help="How CP cuts (contiguous).")
     group.add_argument(
         "--recompute",
         choices=RECOMPUTE,

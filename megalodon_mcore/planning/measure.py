@@ -211,8 +211,7 @@ def stages_that_differ(layout: ParallelLayout) -> list[int]:
 def rank_with_most(layout: ParallelLayout, chunk_size: int) -> int:
     """The context-parallel rank to measure: the last of those whose chunks lack most positions."""
     lacking = [
-        sum(segment.start % chunk_size for segment in held)
-        for held in layout.context_layout().segments
+        sum(span.start % chunk_size for span in held) for held in layout.context_layout().spans
     ]
     return max(range(layout.cp), key=lambda rank: (lacking[rank], rank))
 

@@ -66,8 +66,8 @@ def _heading(layout: ParallelLayout, cp_rank: int) -> Iterator[str]:
         f"Layout: {layout.ranks:,} ranks = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP "
         f"{layout.dp}, {sequence} sequence parallelism"
     )
-    segments = layout.context_layout().segments[cp_rank]
-    positions = " and ".join(f"{segment.start:,}..{segment.stop - 1:,}" for segment in segments)
+    spans = layout.context_layout().spans[cp_rank]
+    positions = " and ".join(f"{span.start:,}..{span.stop - 1:,}" for span in spans)
     yield (
         f"  sequence of {layout.seq_length:,} in {layout.order} order; measured on "
         f"context-parallel rank {cp_rank}, which holds {positions}"

@@ -1,12 +1,17 @@
-"""A block in layouts drawn at random does what it does alone: values and every gradient."""
+"""A block over documents, layouts and sizes drawn at random: values and every gradient.
+
+Every document gives what the block gives for it alone.
+"""
 
 import copy
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import distributed as dist
@@ -14,17 +19,18 @@ from torch import distributed as dist
 from building import randomize, transformer_config
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.layers.block import MegalodonLayer, MegalodonLayerSubmodules
-from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS, context_parallel_layout
+from megalodon_mcore.parallel.documents import Documents
+from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS, sequence_layout
 from megalodon_mcore.parallel.subgroups import subgroup
 
-DRAWS_PER_WORLD = {1: 4, 2: 26, 3: 16, 4: 26, 6: 20, 8: 26}
+DRAWS_PER_WORLD = {1: 30, 2: 40, 3: 30, 4: 40, 6: 30, 8: 40}
 # Measured over all draws: 5.3e-6 at most, of the largest element of a tensor.
 TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A block, a batch and a layout."""
+    """A block, a batch and a layout; without bounds each row is a document."""
 
     tp: int
     cp: int
@@ -33,6 +39,7 @@ class Draw:
     megalodon: MegalodonConfig
     batch: int
     length: int
+    bounds: tuple[int, ...] | None
 
 
 def draw(world_size: int, seed: int) -> Draw:
@@ -63,15 +70,26 @@ def draw(world_size: int, seed: int) -> Draw:
         swiglu=pick.random() < 0.5,
         **own,
     )
+    length = 2 * cp * tp * pick.choice([1, 2, 3, 5])
+    bounds = draw_bounds(pick, length, order, cp) if pick.random() < 0.75 else None
     return Draw(
         tp=tp,
         cp=cp,
         sequence_parallel=sequence_parallel,
         order=order,
         megalodon=megalodon,
-        batch=pick.choice([1, 2, 3]),
-        length=2 * cp * tp * pick.choice([1, 2, 3, 5]),
+        batch=pick.choice([1, 2, 3]) if bounds is None else 1,
+        length=length,
+        bounds=bounds,
     )
+
+
+def draw_bounds(pick: random.Random, length: int, order: str, cp: int) -> tuple[int, ...]:
+    """Where documents start, and the length; now and then all of them have one step."""
+    step = 2 * cp if order == "document_zigzag" and cp > 1 else 1
+    inner = range(step, length, step)
+    count = pick.choice([0, 1, 2, 5, len(inner)])
+    return (0, *sorted(pick.sample(inner, min(count, len(inner)))), length)
 
 
 def errors_of(world_size: int, seeds: range) -> dict[str, tuple[float, str]]:
@@ -91,7 +109,10 @@ def errors_of(world_size: int, seeds: range) -> dict[str, tuple[float, str]]:
 
 
 def compare(drawn: Draw, seed: int) -> tuple[float, str]:
-    """Runs the block alone and in the layout, from the same weights, inputs and output gradient."""
+    """Runs the block on each document alone and on all of them in the layout.
+
+    From the same weights, inputs and output gradients.
+    """
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -106,8 +127,12 @@ def compare(drawn: Draw, seed: int) -> tuple[float, str]:
 
     x, upstream = torch.randn(2, drawn.length, drawn.batch, drawn.megalodon.hidden_size)
     held = positions(drawn, groups)
-    expected, expected_x = run(whole, x, upstream)
-    actual, actual_x = run(share, x[held], upstream[held])
+    expected, expected_x = torch.empty_like(x), torch.empty_like(x)
+    for row in range(drawn.batch):
+        for start, stop in pairwise(drawn.bounds or (0, drawn.length)):
+            document = slice(start, stop), slice(row, row + 1)
+            expected[document], expected_x[document] = run(whole, x[document], upstream[document])
+    actual, actual_x = run(share, x[held], upstream[held], drawn.bounds)
     errors = {
         "y": error(actual, expected[held], expected),
         "x": error(actual_x, expected_x[held], expected_x),
@@ -136,7 +161,7 @@ def build_block(drawn: Draw, groups: ProcessGroupCollection, tp: int, cp: int) -
         kv_channels=1,
     )
     return MegalodonLayer(
-        config, MegalodonLayerSubmodules(), drawn.megalodon, drawn.order, 1, groups
+        config, MegalodonLayerSubmodules(), drawn.megalodon, drawn.order, Documents(), 1, groups
     )
 
 
@@ -165,14 +190,25 @@ def own_part(
 
 def positions(drawn: Draw, groups: ProcessGroupCollection) -> torch.Tensor:
     """The positions of the sequence that this rank holds."""
-    layout = context_parallel_layout(drawn.order, drawn.cp, drawn.length // drawn.cp)
-    held = torch.cat([torch.arange(*segment) for segment in layout.segments[groups.cp.rank()]])
+    layout = sequence_layout(drawn.order, drawn.cp, 1, drawn.bounds or (0, drawn.length))
+    spans = layout.spans[groups.cp.rank()]
+    held = torch.cat([torch.arange(span.start, span.stop) for span in spans])
     return held.chunk(drawn.tp)[groups.tp.rank()] if drawn.sequence_parallel else held
 
 
-def run(block: MegalodonLayer, x: torch.Tensor, upstream: torch.Tensor) -> tuple:
+def run(
+    block: MegalodonLayer,
+    x: torch.Tensor,
+    upstream: torch.Tensor,
+    bounds: tuple[int, ...] | None = None,
+) -> tuple:
+    """Output and input gradient; gradients of parameters add up."""
     x = x.clone().requires_grad_()
-    y, _ = block(x)
+    packed = None
+    if bounds is not None:
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens)
+    y, _ = block(x, packed_seq_params=packed)
     y.backward(upstream)
     return y.detach(), x.grad
 
@@ -196,7 +232,8 @@ def test_enough_is_drawn():
     draws = [
         draw(size, 1000 * size + n) for size, count in DRAWS_PER_WORLD.items() for n in range(count)
     ]
-    assert len({str(drawn) for drawn in draws}) >= 100
+    assert len({str(drawn) for drawn in draws}) >= 200
+    assert {drawn.order for drawn in draws if drawn.cp > 1 and drawn.bounds} == {*SEQUENCE_ORDERS}
     assert any(drawn.tp > drawn.megalodon.num_heads and drawn.sequence_parallel for drawn in draws)
     assert any(
         drawn.cp > 2 and drawn.order == "zigzag" and drawn.tp == 3 for drawn in draws

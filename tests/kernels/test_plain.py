@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from megalodon_mcore.kernels import plain
+from megalodon_mcore.kernels.segments import Segments
 from megalodon_mcore.kernels.timestep_norm import timestep_statistics
 from torch._dynamo.utils import counters
 
@@ -14,7 +15,7 @@ import test_gates as of_gates
 import test_query_key as of_query_key
 import test_row_norm as of_row_norm
 import test_timestep_norm as of_timestep_norm
-from comparing import error
+from comparing import error, random_segments
 from megalodon_mcore import cpu
 
 
@@ -62,36 +63,31 @@ def test_values_and_gradients(compiled, of, name, shape):
 
 
 def test_query_key(compiled):
-    torch.manual_seed(0)
-    leaves = of_query_key.inputs(2, 19, 2, 10)
     before = compiled()
-    actual = of_query_key.run(of_query_key.query_key, leaves, 13, 8)
+    of_query_key.compare(random_segments(1, 60), 2, 10, 8)
     assert compiled() - before >= 2 and not counters["graph_break"]
-    wanted = of_query_key.run(of_query_key.query_key_naive, leaves, 13, 8, torch.float64)
-    for a, w in zip(actual, wanted, strict=True):
-        assert a.dtype == torch.float32 and error(a, w) < of_query_key.FLOAT32
 
 
 @pytest.mark.parametrize("offset", [0.0, 2e4])
 def test_timestep_norm(compiled, offset):
     """With an offset the deviation is 1e-4 of the mean."""
     torch.manual_seed(0)
-    x, weight, bias, state = of_timestep_norm.random_inputs(2, 37, 12, 3)
-    given = (x + offset, weight, bias, 3, None if offset else state)
+    segments = Segments.of_documents([[0, 30, 37], [0, 1, 37]]) if offset else None
+    segments = segments or Segments.of_rows(37, 2, 4)
+    x, weight, bias, state = of_timestep_norm.random_inputs(segments, 12, 3)
+    given = (x + offset, weight, bias, 3, segments, state)
     before = compiled()
-    values, grads, _ = of_timestep_norm.run(of_timestep_norm.timestep_norm, *given)
-    assert compiled() - before >= 2 and not counters["graph_break"]
-    expected, expected_grads, _ = of_timestep_norm.run(
-        of_timestep_norm.timestep_norm_naive, *given, dtype=torch.float64
-    )
-    for actual, wanted in zip([*values, *grads], [*expected, *expected_grads], strict=True):
-        assert actual.dtype == torch.float32
-        assert error(actual, wanted) < 1e-6
+    actual = of_timestep_norm.run(of_timestep_norm.timestep_norm, *given)
+    assert compiled() - before >= 4 and not counters["graph_break"]
+    wanted = of_timestep_norm.run(of_timestep_norm.timestep_norm_naive, *given, dtype=torch.float64)
+    for a, w in zip(actual, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert error(a, w) < 1e-6
 
 
 def test_timestep_statistics():
     torch.manual_seed(0)
-    x = (torch.randn(2, 40, 24) * 2 + 3).requires_grad_()
+    x = (torch.randn(40, 2, 24) * 2 + 3).requires_grad_()
     double = x.detach().double().requires_grad_()
     wanted = of_timestep_norm.naive_statistics(double, 3)
     actual = timestep_statistics(x, 3)
