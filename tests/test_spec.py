@@ -76,6 +76,11 @@ def test_a_call_with_the_model_configuration_gives_the_same(megatron):
     called_config, direct_config = transformer_config(), transformer_config()
     called = sized(gpt_model_config(sized, called_config, rotary_base=700))
     direct = sized.block_submodules(direct_config, rotary_base=700)
+    for submodules in (called, direct):
+        # A model's layers and its final norm have them in common, and nothing else has.
+        documents = submodules.layer_norm.keywords.pop("documents")
+        for layer in {id(layer): layer for layer in submodules.layer_specs}.values():
+            assert layer.params.pop("documents") is documents
     assert called.layer_specs == direct.layer_specs and len(called.layer_specs) == 2
     assert called.layer_norm.func is direct.layer_norm.func is FinalTimestepNorm
     assert called.layer_norm.keywords == direct.layer_norm.keywords
