@@ -218,7 +218,7 @@ def _scan(
         *(_places(segments, mean.device), mean, *arguments, mean.shape[2]),
         **constants,
         G=groups,
-        T=steps,
+        BLOCK=steps,
         STAGES=STAGES,
         num_warps=max(1, steps // 128),
     )
@@ -232,7 +232,7 @@ def _places(segments: Segments, device: torch.device) -> Tensor:
     """Row, start, length and position of each segment; int64 [S, 4]."""
     names = ("row", "start", "length", "position")
     return segments.kept(
-        ("places", device),
+        ("timestep norm places", device),
         lambda: torch.stack([segments.tensor(name, device) for name in names], 1),
     )
 
@@ -246,7 +246,7 @@ def _owners(segments: Segments, device: torch.device) -> Tensor:
             owners[segment.row, segment.steps] = number
         return owners.to(device)
 
-    return segments.kept(("owners", device), make)
+    return segments.kept(("timestep norm owners", device), make)
 
 
 def _tiles(segments: Segments, steps: int, device: torch.device) -> Tensor | None:
@@ -263,7 +263,7 @@ def _tiles(segments: Segments, steps: int, device: torch.device) -> Tensor | Non
             return None
         return torch.tensor(sorted(tiles), dtype=torch.int32).to(device)
 
-    return segments.kept(("tiles", steps, device), make)
+    return segments.kept(("timestep norm tiles", steps, device), make)
 
 
 @triton.jit
@@ -385,7 +385,7 @@ def scan_kernel(
     length,
     RUNNING: tl.constexpr,
     G: tl.constexpr,
-    T: tl.constexpr,
+    BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """Of each step's mean and var makes those of all steps up to it, and gives the last.
@@ -406,8 +406,8 @@ def scan_kernel(
     else:
         # Nothing came before, or it does not count.
         position *= 0
-    for first in tl.range(0, steps, T, num_stages=STAGES):
-        t = first + tl.arange(0, T)
+    for first in tl.range(0, steps, BLOCK, num_stages=STAGES):
+        t = first + tl.arange(0, BLOCK)
         real = t < steps
         mean = tl.where(real, tl.load(mean_ptr + base + t, mask=real, other=0.0) - shift, 0.0)
         var = tl.load(var_ptr + base + t, mask=real, other=0.0).to(tl.float64)
@@ -421,7 +421,7 @@ def scan_kernel(
             tl.store(mean_ptr + base + t, offset + shift, mask=real)
             tl.store(var_ptr + base + t, spread.to(tl.float32), mask=real)
         end = t == steps - 1
-        to = program + tl.zeros([T], tl.int64)
+        to = program + tl.zeros([BLOCK], tl.int64)
         tl.store(mean_out + to, (offset + shift).to(mean_out.dtype.element_ty), mask=end)
         tl.store(var_out + to, spread.to(var_out.dtype.element_ty), mask=end)
 
@@ -530,7 +530,7 @@ def scan_back_kernel(
     size,
     length,
     G: tl.constexpr,
-    T: tl.constexpr,
+    BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
     """Of gradients of each step's mean and var makes a line: x's gradient beside y's own.
@@ -550,8 +550,8 @@ def scan_back_kernel(
     grad_var = tl.load(grad_var_ptr + program).to(tl.float64)
     sum_a = tl.zeros([1], tl.float64)
     sum_v = tl.zeros([1], tl.float64)
-    for back in tl.range(0, tl.cdiv(steps, T), num_stages=STAGES):
-        t = (tl.cdiv(steps, T) - 1 - back) * T + tl.arange(0, T)
+    for back in tl.range(0, tl.cdiv(steps, BLOCK), num_stages=STAGES):
+        t = (tl.cdiv(steps, BLOCK) - 1 - back) * BLOCK + tl.arange(0, BLOCK)
         real = t < steps
         end = t == steps - 1
         mean = tl.load(mean_ptr + base + t, mask=real, other=0.0)
