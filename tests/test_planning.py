@@ -146,7 +146,8 @@ def page_kept(size, layout):
     s = layout.residual_length * layout.micro_batch_size
     d = size.hidden_size
     z, e, f = own.z_dim // min(tp, own.num_heads), own.value_dim // tp, size.ffn_hidden_size // tp
-    mixer = s * d * a + 3 * t * d * a
+    statistics = 12 * s * size.norm_num_groups
+    mixer = s * d * a + 3 * t * d * a + statistics
     attention = (z + (2 * z + e) + e + 2 * e) * t * a
     ffn = 2 * s * d * a + (3 if size.swiglu else 2) * f * t * a
     ffn += s * d * a if own.rescale_nffn else 0
@@ -156,7 +157,7 @@ def page_kept(size, layout):
         if layout.recompute == "selective":
             attention, ffn = (z + 2 * e) * t * a, s * d * a
         layer = mixer + attention + (d // tp + e) * t * a + ffn
-    ends = (8 + (tp > 1)) * t + 2 * s * d * a + 4 * t * VOCABULARY // tp + 9 * t
+    ends = (8 + (tp > 1)) * t + 2 * s * d * a + statistics + 4 * t * VOCABULARY // tp + 9 * t
     return layer, ends
 
 

@@ -73,7 +73,9 @@ def count(layer: Layer) -> Measured:
         block = TransformerLayer(config, submodules, pg_collection=groups)
     else:
         submodules = MegalodonLayerSubmodules()
-        block = MegalodonLayer(config, submodules, SIZE, layout.order, Documents(), pg_collection=groups)
+        block = MegalodonLayer(
+            config, submodules, SIZE, layout.order, Documents(), pg_collection=groups
+        )
     shape = (layout.residual_length, layout.micro_batch_size, HIDDEN)
     x = torch.randn(*shape, requires_grad=True)
     with SentBytes() as forward:
