@@ -7,7 +7,7 @@ from training.packed_samples import (
     document_prefixes,
     marked_tokenizer,
 )
-from training.runs import MODEL, SCHEDULE, save_to, train
+from training.runs import MODEL, SCHEDULE, save_to, scalars, train
 
 PRETRAIN = ("-m", "megalodon_mcore", "pretrain")
 MASKING = "--dataloader-inter-document-masking"
@@ -100,3 +100,32 @@ def test_conversations_in_layouts_train_like_one_process(sft_start, sft, tmp_pat
     processes, options = SFT_LAYOUTS[name]
     load, single = sft_start
     assert_same(train(tmp_path, *sft, *load, *options, processes=processes), single)
+
+
+def evaluated(folder, name="lm loss validation"):
+    return scalars(folder, name)
+
+
+@pytest.mark.parametrize("layout", ["one", "context", "pipeline"])
+def test_documents_are_evaluated_whole_and_by_the_way(start, documents, folder, tmp_path, layout):
+    """Every sample of two sets, and of one at an interval."""
+    processes, options = {"one": (1, ()), **LAYOUTS}[layout]
+    prefixes = document_prefixes(folder, ("documents", "other"))
+    arguments = [z for z in (*documents, *start[0], *options)]
+    place = arguments.index("--data-path")
+    arguments[place : place + 4] = [
+        "--train-data-path",
+        prefixes[0],
+        "--valid-data-path",
+        *prefixes,
+    ]
+    whole = ("--full-validation", "--multiple-validation-sets", "--eval-interval", "2")
+    train(tmp_path, *arguments, *whole, processes=processes)
+    found = [evaluated(tmp_path, f"lm loss validation-{place}") for place in range(2)]
+    key = "evaluated"
+    expected = EVALUATED.setdefault(key, found)
+    for losses, wanted in zip(found, expected, strict=True):
+        assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+EVALUATED = {}
