@@ -76,7 +76,13 @@ def test_a_call_with_the_model_configuration_gives_the_same(megatron):
     called_config, direct_config = transformer_config(), transformer_config()
     called = sized(gpt_model_config(sized, called_config, rotary_base=700))
     direct = sized.block_submodules(direct_config, rotary_base=700)
-    assert called.layer_specs == direct.layer_specs and len(called.layer_specs) == 2
+    for submodules in (called, direct):
+        # Each stage's layers and norm have the bounds of a micro-batch in common.
+        documents = submodules.layer_norm.keywords.pop("documents")
+        assert len(submodules.layer_specs) == 2
+        for layer in submodules.layer_specs:
+            assert layer.params.pop("documents", documents) is documents
+    assert called.layer_specs == direct.layer_specs
     assert called.layer_norm.func is direct.layer_norm.func is FinalTimestepNorm
     assert called.layer_norm.keywords == direct.layer_norm.keywords
     assert called.layer_norm.keywords == {"num_groups": 2, "sequence_order": "zigzag"}
