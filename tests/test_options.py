@@ -114,10 +114,22 @@ def test_packed_data_that_does_not_go_together_is_refused(name):
         packed_data.check(Namespace(**values | changes), "document_zigzag")
 
 
+def test_stages_that_megatrons_script_leaves_without_documents_are_refused():
+    values = dict(
+        **dict(sft=False, dataloader_inter_document_masking=True, fim_data=False),
+        **dict(context_parallel_size=1, pipeline_model_parallel_size=3),
+        **dict(virtual_pipeline_model_parallel_size=None),
+    )
+    with pytest.raises(ValueError, match="--pipeline-model-parallel-size is 3, but Megatron's scr"):
+        packed_data.check(Namespace(**values), "zigzag")
+    packed_data.check(Namespace(**values, megalodon_sequence_order="zigzag"), "zigzag")
+
+
 def test_shares_of_the_loss_that_weigh_unequally_are_told_once(caplog):
     values = dict(
         **dict(sft=False, dataloader_inter_document_masking=True, fim_data=False),
         **dict(context_parallel_size=2, eod_mask_loss=True, calculate_per_token_loss=False),
+        **dict(pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None),
     )
     for _ in range(2):
         packed_data.check(Namespace(**values), "zigzag")
