@@ -46,7 +46,8 @@ def apply() -> None:
         _leave_padding_out_of_saved_offsets()
     param_group_schedules.load_new_schedules()
     _cut_documents_on_a_cpu()
-    _count_conversations()
+    if "megatron.training.datasets.sft_dataset" in sys.modules:
+        count_conversations()
 
 
 def _uses(method: Callable, name: str) -> bool:
@@ -252,18 +253,20 @@ def _cut_documents_on_a_cpu() -> None:
     utils.tex = SimpleNamespace(thd_get_partitioned_indices=indices)
 
 
-def _count_conversations() -> None:
-    """Lets Megatron evaluate every packed conversation, with --sft and --full-validation.
+def count_conversations() -> None:
+    """Lets Megatron evaluate every pack of conversations, with --sft and --full-validation.
 
     It then asks for no number of samples, and its dataset of conversations answers with that.
+    What imports that dataset later than the spec calls this by itself.
     """
-    module = sys.modules.get("megatron.training.datasets.sft_dataset")
-    if module is None:
+    from megatron.training.datasets.sft_dataset import SFTDataset
+
+    length = SFTDataset.__len__
+    if hasattr(length, "corrects"):
         return
-    length = module.SFTDataset.__len__
 
     @functools.wraps(length)
     def number_of_samples(self: Any) -> int:
         return len(self.indices) if self.num_samples is None else length(self)
 
-    _replace(module.SFTDataset, "__len__", number_of_samples)
+    _replace(SFTDataset, "__len__", number_of_samples)

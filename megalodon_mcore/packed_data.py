@@ -49,7 +49,17 @@ def check(args: Namespace, sequence_order: str) -> None:
             f"{2 * cp} equal parts, but --dataloader-inter-document-masking takes documents as "
             "they come; take contiguous or zigzag."
         )
-    if cp > 1 and not hasattr(args, "megalodon_sequence_order"):
+    if hasattr(args, "megalodon_sequence_order"):
+        return
+    # What follows is about Megatron's own scripts.
+    stages = args.pipeline_model_parallel_size
+    if masking and (stages > 2 or args.virtual_pipeline_model_parallel_size):
+        raise ValueError(
+            f"--pipeline-model-parallel-size is {stages}, but Megatron's script gives stages in "
+            "the middle no documents with --dataloader-inter-document-masking; take 2 at most and "
+            "no virtual ones, or megalodon-mcore pretrain."
+        )
+    if cp > 1:
         _warn_of_unequal_shares(args.sft, args.eod_mask_loss, args.calculate_per_token_loss)
 
 

@@ -375,7 +375,10 @@ def dataset_kind(args: Namespace) -> tuple[type, type, dict[str, Any]]:
     from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
     from megatron.training.datasets.sft_dataset import SFTDataset
 
+    from megalodon_mcore import megatron_fixes
+
     if args.sft:
+        megatron_fixes.count_conversations()
         return SFTDataset, GPTDatasetConfig, {}
     if not args.fim_data:
         return MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig, {}

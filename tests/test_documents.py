@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from building import build, randomize
 from megalodon_mcore.parallel.documents import Documents, document_bounds, partitioned_indices
 from megalodon_mcore.parallel.sequence_layout import sequence_layout
 
@@ -194,6 +195,38 @@ def test_megatron_cuts_conversations_without_transformer_engine(megatron):
     batch = {"tokens": tokens, "cu_seqlens": bounds[None], "cu_seqlens_padded": None}
     cut = utils.get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     assert torch.equal(cut["tokens"], tokens)
+
+
+def test_a_packed_row_has_the_losses_of_its_documents_alone(megatron):
+    model, _ = build(own=dict(chunk_size=8, norm_num_groups=4), heads=2)
+    randomize(model)
+    bounds, length = (0, 3, 4, 20), 29
+    tokens, labels = torch.randint(64, (2, 1, length))
+    losses = model(tokens, None, None, labels=labels, packed_seq_params=packed(*bounds))
+    alone = [
+        model(tokens[:, start:stop], None, None, labels=labels[:, start:stop])
+        for start, stop in pairwise((*bounds, length))
+    ]
+    assert torch.allclose(losses, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
+    sums = torch.stack([each.sum() for each in alone])
+    assert losses.mean().item() == pytest.approx((sums.sum() / length).item(), rel=1e-6)
+
+
+def test_no_target_is_another_documents_first_token():
+    from megalodon_mcore.pretraining import mask_across_documents
+
+    mask = torch.ones(2, 6)
+    mask[0, 0] = 0
+    sample = {
+        "loss_mask": mask,
+        "tokens": torch.tensor([[1, 2, 9, 1, 1, 1], [1, 9, 1, 1, 1, 9]]),
+        "cu_seqlens": int32(0, 3, 6, 6, 6, 6, 6, 0, 2, 5, 6, 6, 6, 6).view(2, 7),
+    }
+    found = mask_across_documents(sample, end=9)
+    assert found.tolist() == [[0, 1, 0, 1, 1, 1], [1, 0, 1, 1, 0, 0]]
+    # Without an end token nothing is known of what follows the row.
+    assert mask_across_documents(sample, end=None).tolist()[1] == [1, 0, 1, 1, 0, 1]
+    assert mask.sum() == 11
 
 
 @pytest.mark.transformer_engine

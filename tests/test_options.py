@@ -1,11 +1,11 @@
 """No argument of Megatron's parser is ignored: the census is whole, and refuses what it says."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
-from megalodon_mcore import options, pretrain_arguments
+from megalodon_mcore import options, packed_data, pretrain_arguments
 
 
 def parser():
@@ -56,8 +56,8 @@ REFUSED = [
     *("--squared-relu", "--openai-gelu", "--quick-geglu", "--add-qkv-bias", "--window-size 8,0"),
     *("--rotary-percent 0.5", "--kv-channels 8", "--apply-layernorm-1p", "--init-method-std 0.5"),
     *("--normalization LayerNorm", "--attention-output-gate", "--rotary-interleaved"),
-    *("--apply-residual-connection-post-layernorm", "--dataloader-inter-document-masking"),
-    *("--sft", "--rampup-batch-size 2 2 8", "--freeze-all-layers", "--fim-data", "--img-h 7"),
+    *("--apply-residual-connection-post-layernorm", "--hybrid-context-parallel"),
+    *("--rampup-batch-size 2 2 8", "--freeze-all-layers", "--img-h 7"),
     *("--moe-router-topk 4", "--attention-backend fused", "--yaml-cfg file"),
 ]
 
@@ -74,6 +74,69 @@ def test_masks_of_documents_are_refused_with_the_option_that_will_do(text, monke
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, text])
     with pytest.raises(SystemExit, match=f"{text} is set.*--dataloader-inter-document-masking"):
         pretrain_arguments.parse_arguments()
+
+
+def test_masks_of_documents_are_taken_where_documents_are_apart_anyway(stock_arguments):
+    masks = ("--reset-position-ids", "--reset-attention-mask")
+    options.check_megatron_arguments(stock_arguments(*masks, "--dataloader-inter-document-masking"))
+
+
+TOGETHER = {
+    "masking": ({"sft": True, "dataloader_inter_document_masking": True}, "is set with --sft, whi"),
+    "mock": ({"sft": True, "mock_data": True}, "--mock-data is set with --sft, which reads conv"),
+    "tokenizer": ({"sft": True, "tokenizer_type": "NullTokenizer"}, "--tokenizer-type is NullTok"),
+    "masks": (
+        {"sft": True, "create_attention_mask_in_dataloader": True},
+        "--sft makes no attention masks; add --no-create-attention-mask-in-dataloader.",
+    ),
+    "fim": ({"sft": True, "fim_data": True}, "--fim-data is set with --sft, but"),
+    "fim in documents": (
+        {"dataloader_inter_document_masking": True, "fim_data": True},
+        "--fim-data is set with --dataloader-inter-document-masking, but",
+    ),
+    "order": (
+        {"dataloader_inter_document_masking": True},
+        "--megalodon-sequence-order is document_zigzag, which cuts every document into 4 equal",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_packed_data_that_does_not_go_together_is_refused(name):
+    values = dict(
+        **dict(sft=False, dataloader_inter_document_masking=False, fim_data=False),
+        **dict(mock_data=False, tokenizer_type="SFTTokenizer", context_parallel_size=2),
+        **dict(create_attention_mask_in_dataloader=False, megalodon_sequence_order=None),
+    )
+    changes, sentence = TOGETHER[name]
+    packed_data.check(Namespace(**values | {"sft": True}), "document_zigzag")
+    with pytest.raises(ValueError, match=sentence):
+        packed_data.check(Namespace(**values | changes), "document_zigzag")
+
+
+def test_stages_that_megatrons_script_leaves_without_documents_are_refused():
+    values = dict(
+        **dict(sft=False, dataloader_inter_document_masking=True, fim_data=False),
+        **dict(context_parallel_size=1, pipeline_model_parallel_size=3),
+        **dict(virtual_pipeline_model_parallel_size=None),
+    )
+    with pytest.raises(ValueError, match="--pipeline-model-parallel-size is 3, but Megatron's scr"):
+        packed_data.check(Namespace(**values), "zigzag")
+    packed_data.check(Namespace(**values, megalodon_sequence_order="zigzag"), "zigzag")
+
+
+def test_shares_of_the_loss_that_weigh_unequally_are_told_once(caplog):
+    values = dict(
+        **dict(sft=False, dataloader_inter_document_masking=True, fim_data=False),
+        **dict(context_parallel_size=2, eod_mask_loss=True, calculate_per_token_loss=False),
+        **dict(pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None),
+    )
+    for _ in range(2):
+        packed_data.check(Namespace(**values), "zigzag")
+    (line,) = caplog.messages
+    assert line.startswith("--eod-mask-loss masks tokens, and Megatron divides")
+    packed_data.check(Namespace(**values | {"calculate_per_token_loss": True}), "zigzag")
+    assert caplog.messages == [line]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from megalodon_mcore.config import ARGUMENT_PREFIX, FIELDS, OWN, MegalodonConfig, names
 from megalodon_mcore.config_sources import settle
 from megalodon_mcore.options import refusal, refusals
-from megalodon_mcore.parallel.sequence_layout import ORDER_OF_MEGATRON
+from megalodon_mcore.parallel.sequence_layout import DOCUMENT_ZIGZAG
 from megalodon_mcore.sizes import SIZES
 from megalodon_mcore.spec import MegalodonSpec
 from megalodon_mcore.throughput import training_flops_per_token
@@ -127,8 +127,11 @@ class MegalodonModelProvider(OwnValues, GPTModelProvider):
         return super().provide(pre_process, post_process, vp_stage)
 
     def megalodon_spec(self) -> MegalodonSpec:
-        """Builds the layers with this provider's values."""
-        return MegalodonSpec(settled=self.config(), sequence_order=ORDER_OF_MEGATRON)
+        """Builds the layers with this provider's values.
+
+        Bridge cuts packed sequences apart, and a plain row as if it were one of them.
+        """
+        return MegalodonSpec(settled=self.config(), sequence_order=DOCUMENT_ZIGZAG)
 
     def config(self) -> MegalodonConfig:
         """The model's configuration, every width a number."""

@@ -63,7 +63,10 @@ def test_row_norms_read_their_parameters_once_a_program(traffic, name, parameter
 
 
 def test_query_and_key_read_a_row_of_turns_for_a_tile(traffic):
-    """Weight, bias and the turns inside a tile are read once a program, which walks 8 tiles."""
+    """Weight, bias and the turns inside a tile are read once a program, which walks 8 tiles.
+
+    Five fields say where a tile is.
+    """
     from megalodon_mcore.kernels.query_key import triton as kernels
 
     shape = shape_of(traffic, batch=1, length=512, heads=2, key_width=64, chunk=128)
@@ -71,7 +74,7 @@ def test_query_and_key_read_a_row_of_turns_for_a_tile(traffic):
     with patch.object(kernels, "PROGRAMS", programs):
         counts = traffic.measure(traffic.OPERATORS["query and key"], shape, torch.bfloat16)
     row = 64 * 4
-    tables = programs * (4 + steps) * row + tiles * row
+    tables = programs * (4 + steps) * row + tiles * (row + 5 * 8)
     assert counts["forward"].moved == 3 * (512 * 128) * 2 + tables
     for count in counts.values():
         assert 1 <= count.moved / count.floor < 1.3
@@ -120,11 +123,24 @@ def test_cema_is_near_the_floor(traffic):
         assert 1 <= count.moved / count.floor <= 1.3
 
 
-def test_attention_flops(traffic):
-    """One chunk of one tile: forward the two products, square, where half of each is needed."""
+@pytest.mark.parametrize("name", ["attention", "attention, packed"])
+def test_attention_flops(traffic, name):
+    """One chunk of one tile: forward the two products, square, where half of each is needed.
+
+    Packed documents are 64 at most, here of one step or two, and take a tile each.
+    """
     shape = shape_of(traffic, batch=1, length=32, heads=1, key_width=16, value_width=32, chunk=32)
-    counts = traffic.measure(traffic.OPERATORS["attention"], shape, torch.bfloat16)
-    assert counts["forward"].flops == 2 * 32 * 32 * (16 + 32)
-    assert counts["forward"].needed == 2 * 32 * 33 / 2 * (16 + 32)
-    assert counts["backward"].flops == 2 * 32 * 32 * (16 + 32 + 16 + 16 + 32)
-    assert counts["forward"].moved < 1.2 * counts["forward"].floor
+    operator = traffic.EVERY[name]
+    counts = traffic.measure(operator, shape, torch.bfloat16)
+    tiles = 1
+    if "packed" in name:
+        from operators import documents
+
+        lengths = [segment.length for segment in documents(shape)]
+        tiles, needed = len(lengths), sum(n * (n + 1) for n in lengths)
+        assert counts["forward"].needed == needed * (16 + 32)
+    else:
+        assert counts["forward"].needed == 2 * 32 * 33 / 2 * (16 + 32)
+        assert counts["forward"].moved < 1.2 * counts["forward"].floor
+    assert counts["forward"].flops == tiles * 2 * 32 * 32 * (16 + 32)
+    assert counts["backward"].flops == tiles * 2 * 32 * 32 * (16 + 32 + 16 + 16 + 32)

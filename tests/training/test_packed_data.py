@@ -7,9 +7,8 @@ from training.packed_samples import (
     document_prefixes,
     marked_tokenizer,
 )
-from training.runs import MODEL, SCHEDULE, save_to, train
+from training.runs import MODEL, PRETRAIN, SCHEDULE, launch, save_to, scalars, train
 
-PRETRAIN = ("-m", "megalodon_mcore", "pretrain")
 MASKING = "--dataloader-inter-document-masking"
 SHORT = ("--train-iters", "4")
 TENSOR = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
@@ -100,3 +99,57 @@ def test_conversations_in_layouts_train_like_one_process(sft_start, sft, tmp_pat
     processes, options = SFT_LAYOUTS[name]
     load, single = sft_start
     assert_same(train(tmp_path, *sft, *load, *options, processes=processes), single)
+
+
+EVALUATION = ("--full-validation", "--multiple-validation-sets", "--eval-interval", "2")
+
+
+def in_place_of(arguments, option, count, *others):
+    """Arguments with others in the place of an option and those after it."""
+    place = arguments.index(option)
+    return (*arguments[:place], *others, *arguments[place + count :])
+
+
+@pytest.fixture(scope="module")
+def validation(folder, documents, sft):
+    """Arguments that evaluate two sets of either kind whole, every second iteration."""
+    prefixes = document_prefixes(folder, ("train", "one", "two"))
+    files = [conversations(folder / f"{seed}.jsonl", seed, seed) for seed in (7, 9)]
+    paths = ("--train-data-path", prefixes[0], "--valid-data-path", *prefixes[1:])
+    return {
+        "documents": (*in_place_of(documents, "--data-path", 4, *paths), *EVALUATION),
+        "conversations": (*sft, "--valid-data-path", *files, *EVALUATION),
+    }
+
+
+def losses_of_evaluations(folder, arguments, processes=1):
+    train(folder, *arguments, processes=processes)
+    return [scalars(folder, f"lm loss validation-{number}") for number in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["documents", "conversations"])
+def test_layouts_evaluate_packed_rows_as_one_process(start, sft_start, validation, tmp_path, kind):
+    load = (start if kind == "documents" else sft_start)[0]
+    arguments = (*validation[kind], *load)
+    single = losses_of_evaluations(tmp_path / "one", arguments)
+    assert list(single[0]) == list(single[1]) == [2, 4]
+    processes, options = LAYOUTS["context"]
+    in_layout = losses_of_evaluations(tmp_path / "two", (*arguments, *options), processes)
+    for found, expected in zip(in_layout, single, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_fim_trains_on_what_it_rearranges(folder, tmp_path):
+    tokenizer = str(marked_tokenizer(folder))
+    (prefix,) = document_prefixes(folder, ("fim",))
+    arguments = (
+        *(*MODEL, *SCHEDULE, *SHORT, "--data-path", prefix, "--split", "1,0,0"),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer),
+    )
+    plain = train(tmp_path / "plain", *arguments)
+    rearranged = train(tmp_path / "rearranged", *arguments, "--fim-data")
+    assert list(rearranged.losses) == [1, 2, 3, 4]
+    assert rearranged.losses != plain.losses
+    missing = launch(*PRETRAIN, *arguments, "--fim-data", "--fim-pad-token", "<pad>")
+    assert missing.returncode
+    assert "--fim-pad-token is <pad>, which the tokenizer of --tokenizer-type" in missing.stdout
