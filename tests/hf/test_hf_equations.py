@@ -14,8 +14,6 @@ import straight_line
 from comparing import error
 from megalodon_mcore.config import config_from
 from megalodon_mcore.hf import modeling_megalodon as modeling
-from megalodon_mcore.kernels.cema.naive import cema_naive
-from megalodon_mcore.kernels.timestep_norm import timestep_norm_naive
 
 
 def whole_span(model, like, cached):
