@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from argparse import Namespace
+from typing import Any
 
 from megalodon_mcore import full_validation
 from megalodon_mcore.data.split_tokens import NAMES, SplitData, find_splits
@@ -53,7 +54,7 @@ def _weigh_tokens_alike(args: Namespace) -> None:
     evaluate = training.evaluate
 
     @functools.wraps(evaluate)
-    def evaluate_by_tokens(*arguments: object, **options: object) -> object:
+    def evaluate_by_tokens(*arguments: Any, **options: Any) -> Any:
         with full_validation.changed(args, sft=False):
             return evaluate(*arguments, **options)
 

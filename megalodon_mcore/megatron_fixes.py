@@ -250,7 +250,7 @@ def _cut_documents_on_a_cpu() -> None:
             return engine.thd_get_partitioned_indices(cu_seqlens, total_tokens, size, rank)
         return partitioned_indices(cu_seqlens, total_tokens, size, rank)
 
-    utils.tex = SimpleNamespace(thd_get_partitioned_indices=indices)
+    vars(utils)["tex"] = SimpleNamespace(thd_get_partitioned_indices=indices)
 
 
 def count_conversations() -> None:

@@ -80,7 +80,10 @@ def _check(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}; it must be at least 0 and below 1.")
     heads, dk = q.shape[2:]
-    tensors = {"k": (k, q.shape[:2], dk), "v": (v, q.shape[:2], v.shape[-1])}
+    tensors: dict[str, tuple[Tensor, tuple[int, ...], int]] = {
+        "k": (k, q.shape[:2], dk),
+        "v": (v, q.shape[:2], v.shape[-1]),
+    }
     begun = segments.begun(chunk_size)
     if state is not None:
         tensors["state.key"] = (state.key, (begun,), dk)

@@ -82,8 +82,10 @@ def make_tables(
             pairs = _of_queries(given, square)
             pairs = numbered(pairs, 0, pairs[:, PART] + 1)
             keys = numbered(given, 0, _tiles(given[:, 5], product))
-            made = (z.to(device) for z in (_of_queries(given, product), keys, pairs))
-            groups.append(Group(*made, size))
+            queries, keys, pairs = (
+                z.to(device) for z in (_of_queries(given, product), keys, pairs)
+            )
+            groups.append(Group(queries, keys, pairs, size))
         if chosen:
             if held:
                 held = Buffer(held.size, *(z.to(device) for z in held[1:]))
@@ -96,7 +98,8 @@ def _parts(
     segments: Segments, chunk_size: int, square: int
 ) -> tuple[list[list[list[int]]], Buffer | None]:
     """Parts without and with keys of the state, the longest first, and the buffer of the latter."""
-    parts, size = ([], []), 0
+    parts: list[list[list[int]]] = [[], []]
+    size = 0
     held = torch.empty(segments.begun(chunk_size), dtype=torch.int64)
     own, steps, rows = [], [], []
     for row, start, length, before, prefix in sorted(
@@ -114,7 +117,7 @@ def _parts(
         parts[before > 0].append([row, start, *keys, before, stop, 0, side])
     if not size:
         return parts, None
-    return parts, Buffer(size, held, *map(torch.cat, (own, steps, rows)))
+    return parts, Buffer(size, held, torch.cat(own), torch.cat(steps), torch.cat(rows))
 
 
 def _groups(parts: list[list[int]], limit: int) -> Iterator[tuple[list[list[int]], int]]:

@@ -62,10 +62,12 @@ class _TimestepNorm(torch.autograd.Function):
         eps: float,
         segments: Segments,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, var, *after = path.forward(x, weight, bias, groups, eps, segments, mean_in, var_in)
+        y, mean, var, mean_after, var_after = path.forward(
+            x, weight, bias, groups, eps, segments, mean_in, var_in
+        )
         ctx.save_for_backward(x, weight, mean, var, mean_in)
         ctx.rest = path, groups, eps, segments
-        return y, *after
+        return y, mean_after, var_after
 
     @staticmethod
     @once_differentiable

@@ -276,7 +276,8 @@ def _input_gradient(
 
 def _statistics(x: Tensor, groups: int, segments: Segments) -> tuple[Tensor, Tensor]:
     found = [_moments_of_all(x[piece], groups) for piece in _pieces(segments)]
-    return tuple(torch.cat(part) for part in zip(*found, strict=True))
+    means, variances = zip(*found, strict=True)
+    return torch.cat(means), torch.cat(variances)
 
 
 @compiled
