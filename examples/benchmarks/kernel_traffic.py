@@ -38,8 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
-from operators import OPERATORS, SIZES, Operator, Shape
+from operators import OPERATORS, SIZES, VARIANTS, Operator, Shape
 
+EVERY = OPERATORS | VARIANTS
 SECTOR = 32
 # Channels that are run, or their share of the length: a slice with whole groups.
 SLICE = 64
@@ -193,7 +194,7 @@ def sliced(name: str, shape: Shape, dtype: torch.dtype, by: int) -> dict[str, Co
     from megalodon_mcore.kernels.row_norm import triton as row_norm_kernels
     from megalodon_mcore.kernels.timestep_norm import triton as norm_kernels
 
-    operator = OPERATORS[name]
+    operator = EVERY[name]
     if operator.sliced == "chunk":
         # Chunks and heads are independent.
         one = shape._replace(batch=1, length=shape.chunk, heads=1)
@@ -213,7 +214,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["200m", "7b-paper"])
-    parser.add_argument("--only", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
+    parser.add_argument("--only", nargs="+", choices=list(EVERY), default=list(OPERATORS))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
