@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from megalodon_mcore.kernels.cema import cema
+from megalodon_mcore.kernels.cema import cema, cema_summary
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu, swiglu
 from megalodon_mcore.kernels.query_key import query_key
@@ -156,7 +156,7 @@ def statistics_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) ->
 def cema_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """x, and the float32 alpha, delta, theta, gamma and omega."""
     channels = shape.channels
-    x = torch.randn(shape.batch, shape.length, channels, device=device, dtype=dtype)
+    x = torch.randn(shape.length, shape.batch, channels, device=device, dtype=dtype)
     shapes = ((channels, NDIM, 1), (channels, NDIM, 1), (channels, 1, 1), (channels, NDIM, 2))
     real = _state_type(dtype)
     return _leaves(
@@ -177,10 +177,27 @@ def run_cema(shape: Shape, x: Tensor, *parameters: Tensor) -> tuple[Tensor]:
     return (cema(x, *parameters)[0],)
 
 
+def run_cema_stream(shape: Shape, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """CEMA of documents that began before x; y and the state after them."""
+    *given, state = leaves
+    return cema(*given, Segments.of_rows(shape.length, shape.batch, 7), state, True)
+
+
+def run_cema_packed(shape: Shape, x: Tensor, *parameters: Tensor) -> tuple[Tensor]:
+    """CEMA of rows that are packed with documents."""
+    return (cema(x, *parameters, documents(shape))[0],)
+
+
 def cema_flops(shape: Shape) -> tuple[float, float]:
     """Of the recurrence a step at a time: h = q h + p x, Re(gamma h), omega x."""
     forward = (12 * NDIM + 2) * shape.elements
     return forward, 2 * forward
+
+
+def cema_summary_flops(shape: Shape) -> tuple[float, float]:
+    """Of the recurrence alone: h = q h + p x; backward the same, time reversed."""
+    flops = 8 * NDIM * shape.elements
+    return flops, flops
 
 
 def attention_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -337,10 +354,12 @@ VARIANTS = {
         True,
         "channels",
     ),
-    "CEMA, stream": Operator(
-        cema_stream_inputs,
-        lambda shape, x, *rest: cema(x, *rest, return_state=True),
-        cema_flops,
+    "CEMA, stream": Operator(cema_stream_inputs, run_cema_stream, cema_flops, True, "channels"),
+    "CEMA, packed": Operator(cema_inputs, run_cema_packed, cema_flops, True, "channels"),
+    "CEMA summary": Operator(
+        lambda *given: cema_inputs(*given)[:4],
+        lambda shape, *leaves: (cema_summary(*leaves),),
+        cema_summary_flops,
         True,
         "channels",
     ),

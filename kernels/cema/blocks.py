@@ -31,15 +31,12 @@ class Window(NamedTuple):
     """Which start one that goes on with its document, and which; of rows side by side the first."""
     ends: list[tuple[int, int]]
     """Which end one, and which."""
-    pieces: list[tuple[int, int, int, slice]] | None
+    pieces: list[tuple[int, int, int, slice]]
     """Blocks in a row without gaps: first block, how many, the place in it where steps begin, and
-    which steps of the rows. None where these are so many that the indices below are faster."""
-    read: Tensor | None
-    """Of each of the blocks' steps which of `steps` it is."""
-    pads: Tensor | None
-    """Which of them only fill a block up."""
-    write: Tensor | None
-    """The others."""
+    which steps of the rows."""
+    indices: tuple[Tensor, Tensor, Tensor] | None
+    """Where pieces are so many that these are faster: of each of the blocks' steps which of `steps`
+    it is; which of them only fill a block up; and which do not."""
 
 
 def block_windows(
@@ -58,7 +55,7 @@ def _windows(
     segments: Segments, block: int, channels: int, device: torch.device, to_end: bool
 ) -> Iterator[Window]:
     side_by_side = segments.whole_rows
-    first = segments[:1] if side_by_side else segments.segments
+    first = segments.segments[:1] if side_by_side else segments.segments
     most = CPU_ELEMENTS if device.type == "cpu" else 1 << 26
     most = max(1, most // (channels * block * (segments.batch if side_by_side else 1)))
     length, start, row, position = (
@@ -96,8 +93,8 @@ def _windows(
                 1 + _true(fresh[1:]).to(device),
                 [(k, int(here[k])) for k in _true(fresh & (position[here] > 0)).tolist()],
                 [(k, int(here[k])) for k in _true(last[i:j]).tolist()],
-                pieces if by_pieces else None,
-                *(None if by_pieces else z.to(device) for z in (read, pads, write)),
+                pieces,
+                None if by_pieces else (read.to(device), pads.to(device), write.to(device)),
             )
 
 
@@ -123,9 +120,9 @@ def _true(mask: Tensor) -> Tensor:
 
 def gather(x: Tensor, window: Window, z: Tensor) -> None:
     """A window's values of x [length, batch, c] to z [blocks, rows, c, T]."""
-    if window.pieces is None:
-        x = x[window.steps, window.rows]
-        x = x.index_select(0, window.read).index_fill_(0, window.pads, 0)
+    if window.indices is not None:
+        read, pads, _ = window.indices
+        x = x[window.steps, window.rows].index_select(0, read).index_fill_(0, pads, 0)
         z.copy_(x.unflatten(0, (window.blocks, -1)).permute(0, 2, 3, 1))
         return
     for k, blocks, skip, steps in window.pieces:
@@ -140,9 +137,9 @@ def gather(x: Tensor, window: Window, z: Tensor) -> None:
 def scatter(values: Tensor, window: Window, y: Tensor) -> None:
     """Matrices [c, blocks * rows, T] of channels to a window's places in y [length, batch, c]."""
     values = values.unflatten(1, (window.blocks, -1)).permute(1, 3, 2, 0)
-    if window.pieces is None:
+    if window.indices is not None:
         values = values.to(y.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-        y[window.steps, window.rows] = values.index_select(0, window.write)
+        y[window.steps, window.rows] = values.index_select(0, window.indices[2])
         return
     for k, blocks, skip, steps in window.pieces:
         piece = y[steps, window.rows]

@@ -55,7 +55,7 @@ def after_segments(
     state: Tensor | None,
 ) -> Tensor:
     """h after segments [S, D, N]: what they add to zero, and what is left of h before them."""
-    if not segments.continued:
+    if state is None or not segments.continued:
         return summary
     _, log_magnitude, turns = coefficients(alpha, delta, theta)
     real = summary.dtype.to_real()
@@ -80,11 +80,12 @@ def _recurrence(
     # q and the products with it in double: a rounded q would compound over the steps of a stream.
     q = torch.polar(log_magnitude.exp(), 2 * math.pi * turns)
     readout = torch.view_as_complex(gamma.contiguous()) / math.sqrt(alpha.shape[1])
-    if not segments.continued:
-        state = readout.new_zeros(len(segments), *readout.shape)
+    h = readout.new_zeros(len(segments), *readout.shape)
+    if state is not None and segments.continued:
+        h = state
     outputs = []
     for x_t in x.to(p.dtype).unbind(0):
-        state = (q * state).to(readout.dtype) + p * x_t[..., None]
-        outputs.append((readout * state).real.sum(-1) + omega[:, 0] * x_t)
+        h = (q * h).to(readout.dtype) + p * x_t[..., None]
+        outputs.append((readout * h).real.sum(-1) + omega[:, 0] * x_t)
     y = torch.stack(outputs) if outputs else x.clone()
-    return y.to(x.dtype), state
+    return y.to(x.dtype), h

@@ -322,21 +322,21 @@ def _as_real(state: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _part_and_channels(parts, D, DC: tl.constexpr):
+def _part_and_channels(part_table, D, DC: tl.constexpr):
     """A program's row of the table of parts, and its channels [DC]."""
     blocks = tl.cdiv(D, DC)
     program = tl.program_id(0)
-    return parts + program // blocks * 6, program % blocks * DC + tl.arange(0, DC)
+    return part_table + program // blocks * 6, program % blocks * DC + tl.arange(0, DC)
 
 
 @triton.jit
-def _tile(tiles, tile, T: tl.constexpr, M: tl.constexpr):
+def _tile(table, tile, T: tl.constexpr, M: tl.constexpr):
     """Of a tile its row, its steps [T, M] and which of them are there, and the state before it."""
-    tiles += tile * 5
+    table += tile * 5
     t = tl.arange(0, M)[None] * T + tl.arange(0, T)[:, None]
-    step = tl.load(tiles + 1) + t
-    inside = (step >= tl.load(tiles + 2)) & (step < tl.load(tiles + 3))
-    return tl.load(tiles).to(tl.int64), step.to(tl.int64), inside, tl.load(tiles + 4).to(tl.int64)
+    step = tl.load(table + 1) + t
+    inside = (step >= tl.load(table + 2)) & (step < tl.load(table + 3))
+    return tl.load(table).to(tl.int64), step.to(tl.int64), inside, tl.load(table + 4).to(tl.int64)
 
 
 @triton.jit
@@ -406,10 +406,10 @@ def sums_kernel(
     start,
     sums,
     weighted,
-    tiles,
-    parts,
+    tile_table,
+    part_table,
     D,
-    size,
+    tiles,
     x_step,
     x_batch,
     T: tl.constexpr,
@@ -426,7 +426,7 @@ def sums_kernel(
     REVERSE: x is the gradient of y, and the sums are those of the gradient of the state, in all
     pieces but a segment's first.
     """
-    part, d = _part_and_channels(parts, D, DC)
+    part, d = _part_and_channels(part_table, D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     _within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
     here, at = places(d, D, N, NP)
@@ -454,7 +454,7 @@ def sums_kernel(
             tile = end - 1 - j
         else:
             tile = begin + j
-        row, step, inside, before = _tile(tiles, tile, T, M)
+        row, step, inside, before = _tile(tile_table, tile, T, M)
         if start is not None:
             real, imag = _entering(real, imag, before, start, at, here, D * N)
         x = _load(x_ptr, row, step, inside, d, D, x_step, x_batch, EXACT)
@@ -485,10 +485,10 @@ def forward_kernel(
     sums,
     y_ptr,
     kept,
-    tiles,
-    parts,
+    tile_table,
+    part_table,
     D,
-    size,
+    tiles,
     x_step,
     x_batch,
     y_step,
@@ -501,7 +501,7 @@ def forward_kernel(
     EXACT: tl.constexpr,
 ) -> None:
     """y of a part, and the states before tiles to `kept` [., D, N]; start and kept may be None."""
-    part, d = _part_and_channels(parts, D, DC)
+    part, d = _part_and_channels(part_table, D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
     within, w_real, w_imag = halves(within, EXACT), halves(w_real, EXACT), halves(w_imag, EXACT)
@@ -511,10 +511,10 @@ def forward_kernel(
     here, at = places(d, D, N, NP)
 
     me, first = tl.program_id(0) // tl.cdiv(D, DC), tl.load(part + 2)
-    piece_a, piece_b = power(tile_a, tile_b, size)
+    piece_a, piece_b = power(tile_a, tile_b, tiles)
     real, imag = _of_pieces(sums, first, me - first, 1, piece_a, piece_b, at, here, D * N)
     for tile in range(tl.load(part), tl.load(part + 1)):
-        row, step, inside, before = _tile(tiles, tile, T, M)
+        row, step, inside, before = _tile(tile_table, tile, T, M)
         real, imag = _entering(real, imag, before, start, at, here, D * N)
         x = _load(x_ptr, row, step, inside, d, D, x_step, x_batch, EXACT)
         if kept is not None:
@@ -543,10 +543,10 @@ def backward_kernel(
     grad_x,
     grad_start,
     partial,
-    tiles,
-    parts,
+    tile_table,
+    part_table,
     D,
-    size,
+    tiles,
     x_step,
     x_batch,
     grad_step,
@@ -565,7 +565,7 @@ def backward_kernel(
     start and grad_start may be None. partial: float64 [parts, D, 5N + 1] for p, log|q|, q's phase
     in turns, gamma and omega.
     """
-    part, d = _part_and_channels(parts, D, DC)
+    part, d = _part_and_channels(part_table, D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     within, w_real, w_imag, r_real, r_imag, a, b = block_map(*channels, T)
     within, w_real, w_imag = halves(within, EXACT), halves(w_real, EXACT), halves(w_imag, EXACT)
@@ -577,7 +577,7 @@ def backward_kernel(
 
     # The gradient of the state after the part.
     me, last = tl.program_id(0) // tl.cdiv(D, DC), tl.load(part + 3)
-    piece_a, piece_b = power(tile_a, tile_b, size)
+    piece_a, piece_b = power(tile_a, tile_b, tiles)
     g_real, g_imag = _of_pieces(sums, last, last - me, -1, piece_a, -piece_b, at, here, D * N)
     to_within = tl.zeros([DC, T, T], tl.float32)
     to_w_real = tl.zeros([DC, NP, T], tl.float32)
@@ -590,7 +590,7 @@ def backward_kernel(
     nothing = tl.minimum(end - begin, 0).to(tl.float32)
     # Maps stay in shared memory, to be taken from there for every product.
     for j in tl.range(0, end - begin, disable_licm=True):
-        row, step, inside, before = _tile(tiles, end - 1 - j, T, M)
+        row, step, inside, before = _tile(tile_table, end - 1 - j, T, M)
         # The gradients of the states after the blocks, and of x.
         grad = _load(grad_ptr, row, step, inside, d, D, grad_step, grad_batch, EXACT)
         s_real = product(r_real, grad, zero)
@@ -648,8 +648,8 @@ def summary_backward_kernel(
     gamma_ptr,
     omega_ptr,
     grad_x,
-    tiles,
-    parts,
+    tile_table,
+    part_table,
     D,
     to_step,
     to_batch,
@@ -661,7 +661,7 @@ def summary_backward_kernel(
     EXACT: tl.constexpr,
 ) -> None:
     """grad_x of a part, from the gradients of the segments' sums, grad [S, D, N]."""
-    part, d = _part_and_channels(parts, D, DC)
+    part, d = _part_and_channels(part_table, D, DC)
     channels = load_channels(p_ptr, q_ptr, gamma_ptr, omega_ptr, d, D, N, NP)
     _within, w_real, w_imag, _r_real, _r_imag, a, b = block_map(*channels, T)
     w_real, w_imag = transposed(halves(w_real, EXACT)), transposed(halves(w_imag, EXACT))
@@ -675,7 +675,7 @@ def summary_backward_kernel(
     real, imag = real.to(tl.float32), imag.to(tl.float32)
     begin, end = tl.load(part), tl.load(part + 1)
     for j in range(0, end - begin):
-        row, step, inside, _before = _tile(tiles, end - 1 - j, T, M)
+        row, step, inside, _before = _tile(tile_table, end - 1 - j, T, M)
         after_real, after_imag, s_real, s_imag = scan(zero, zero, real, imag, a, -b, M, True)
         real, imag = _carried(real, imag, tile_a, -tile_b, s_real, s_imag)
         back = product(w_real, halves(after_real, EXACT), tl.zeros([DC, T, M], tl.float32))

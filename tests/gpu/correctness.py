@@ -24,7 +24,10 @@ from stage import Stage
 EVERY = OPERATORS | VARIANTS
 # As the operators call them.
 NAIVE = {
-    "cema": lambda *leaves, return_state=False: cema_naive(*leaves),
+    "cema": lambda *given: cema_naive(*given[:8]),
+    "cema_summary": lambda x, alpha, *rest: cema_naive(
+        x, alpha, *rest, alpha.expand(-1, -1, 2), alpha[:, 0]
+    )[1],
     "chunked_attention": chunked_attention_naive,
     "gated_silu": gated_silu_naive,
     "layer_norm": layer_norm_naive,

@@ -1,20 +1,23 @@
 """Where Triton's interpreter, which runs kernels on CPU tensors, computes otherwise than a card."""
 
 import contextlib
+from functools import lru_cache
 from unittest.mock import patch
 
 import numpy as np
+from triton import language
 from triton.language import bfloat16, float32
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _product = InterpreterBuilder.create_dot
-_patch_tensor = interpreter._patch_lang_tensor
+_patch_tensor, _patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
 
 
 def mend():
     """Corrects the interpreter: it takes bfloat16 for integers in products, and of Triton 3.6's a
-    numpy that is newer than it makes no bounds of loops.
+    numpy that is newer than it makes no bounds of loops. Most of its time goes into making the
+    language interpret, once more at each call of a function of a kernel: once a launch is enough.
     """
 
     def widened(builder, a, b, *others):
@@ -25,8 +28,30 @@ def mend():
         _patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda z: int(z.handle.data.item()))
 
+    done = set()
+
+    def once(function):
+        if not done:
+            scope = _patch_language(function)
+            restore = scope.restore
+            scope.restore = lambda: (restore(), done.clear())
+        elif _languages(function) in done:
+            return None
+        else:
+            scope = _patch_language(function)
+        done.add(_languages(function))
+        return scope
+
     InterpreterBuilder.create_dot = widened
     interpreter._patch_lang_tensor = patched
+    interpreter._patch_lang = once
+
+
+@lru_cache
+def _languages(function):
+    """The modules of Triton's language that a function of a kernel sees."""
+    names = function.__globals__.values()
+    return frozenset(z.__name__ for z in names if z is language or z is language.core)
 
 
 @contextlib.contextmanager

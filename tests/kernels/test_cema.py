@@ -24,6 +24,8 @@ from megalodon_mcore.kernels.cema import (
 from megalodon_mcore.kernels.cema.naive import cema_naive
 from megalodon_mcore.kernels.segments import Segment, Segments
 
+from comparing import poisoned, random_segments, seeded
+
 TOLERANCE = 3e-6
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 NAMES = ("x", "alpha", "delta", "theta", "gamma", "omega", "state")
@@ -43,22 +45,6 @@ def documents(*rows):
     return Segments.of_documents(
         [[sum(lengths[:i]) for i in range(len(lengths) + 1)] for lengths in rows]
     )
-
-
-def random_segments(seed, longest=200):
-    """1 to 3 rows of 1 to 8 segments each, about half of which go on with a document."""
-    generator = seeded(seed)
-
-    def draw(low, high):
-        device = generator.device
-        return int(torch.randint(low, high + 1, (), generator=generator, device=device))
-
-    length, segments = draw(1, longest), []
-    for row in range(draw(1, 3)):
-        cuts = {0, length, *(draw(1, length) for _ in range(draw(0, 7)))}
-        for start, stop in zip(sorted(cuts), sorted(cuts)[1:], strict=False):
-            segments.append(Segment(row, start, stop - start, draw(0, 1) * draw(1, 1000)))
-    return Segments(length, 1 + segments[-1].row, segments)
 
 
 def make_inputs(segments, channels, ndim, seed=0, dtype=torch.float64):

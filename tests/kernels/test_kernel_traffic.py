@@ -94,7 +94,10 @@ def test_a_slice_of_the_width_stands_for_all(traffic, name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_a_token_of_cema_moves(traffic, dtype):
-    """x and y once each, backward both gradients and x, and of the kept states a quarter of x."""
+    """x and y once each, backward both gradients and x, and of the kept states a quarter of x.
+
+    A tile's row in the table is the rest.
+    """
     from megalodon_mcore.kernels.cema import triton as kernels
 
     counts = []
@@ -107,17 +110,18 @@ def test_what_a_token_of_cema_moves(traffic, dtype):
         short, long = (count[direction].kernels[kernel].moved for count in counts)
         return (long - short) / (dtype.itemsize * 256 * 8)
 
-    assert more("forward", "forward_kernel") == 2.25
-    assert more("backward", "backward_kernel") == 3.25
+    assert more("forward", "forward_kernel") == pytest.approx(2.25, abs=0.005)
+    assert more("backward", "backward_kernel") == pytest.approx(3.25, abs=0.005)
 
 
-def test_cema_is_near_the_floor(traffic):
+@pytest.mark.parametrize("name", ["CEMA", "CEMA, packed"])
+def test_cema_is_near_the_floor(traffic, name):
     """All its bytes, where channels alone fill the card."""
     from megalodon_mcore.kernels.cema import triton as kernels
 
     shape = shape_of(traffic, batch=1, length=16384, channels=8, groups=1)
     with patch.object(kernels, "PROGRAMS", 1):
-        counts = traffic.measure(traffic.OPERATORS["CEMA"], shape, torch.bfloat16)
+        counts = traffic.measure(traffic.EVERY[name], shape, torch.bfloat16)
     for count in counts.values():
         assert not any("sums" in kernel for kernel in count.kernels)
         assert 1 <= count.moved / count.floor <= 1.3
