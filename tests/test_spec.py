@@ -70,6 +70,11 @@ def test_a_named_spec_gives_its_values_to_every_layer(megatron):
     assert model.decoder.final_layernorm.num_groups == 64
 
 
+def size_of(sized, rotary_base):
+    """The values that a spec settles on."""
+    return sized.check(transformer_config(), "none", rotary_base)[0]
+
+
 def test_a_call_with_the_model_configuration_gives_the_same(megatron):
     size = megalodon_config(transformer_config(), chunk_size=16, norm_num_groups=2)
     sized = spec.MegalodonSpec(size)
@@ -77,15 +82,14 @@ def test_a_call_with_the_model_configuration_gives_the_same(megatron):
     called = sized(gpt_model_config(sized, called_config, rotary_base=700))
     direct = sized.block_submodules(direct_config, rotary_base=700)
     for submodules in (called, direct):
-        # Each stage's layers and norm have the bounds of a micro-batch in common.
-        documents = submodules.layer_norm.keywords.pop("documents")
-        assert len(submodules.layer_specs) == 2
-        for layer in submodules.layer_specs:
-            assert layer.params.pop("documents", documents) is documents
-    assert called.layer_specs == direct.layer_specs
-    assert called.layer_norm.func is direct.layer_norm.func is FinalTimestepNorm
-    assert called.layer_norm.keywords == direct.layer_norm.keywords
-    assert called.layer_norm.keywords == {"num_groups": 2, "sequence_order": "zigzag"}
+        # A stage's layers and norm have the bounds of a micro-batch in common.
+        documents = submodules.layer_norm.keywords["documents"]
+        values = {"megalodon": size_of(sized, 700), "sequence_order": "zigzag"}
+        values["documents"] = documents
+        assert [layer.params for layer in submodules.layer_specs] == [values] * 2
+        assert submodules.layer_norm.func is FinalTimestepNorm
+        values = {"num_groups": 2, "sequence_order": "zigzag", "documents": documents}
+        assert submodules.layer_norm.keywords == values
 
     models = []
     for layer_spec, config in ((called, called_config), (sized, direct_config)):
