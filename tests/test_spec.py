@@ -71,6 +71,11 @@ def test_a_named_spec_gives_its_values_to_every_layer(megatron):
     assert model.decoder.final_layernorm.num_groups == 64
 
 
+def size_of(sized, rotary_base):
+    """The values that a spec settles on."""
+    return sized.check(transformer_config(), "none", rotary_base)[0]
+
+
 def test_a_call_with_the_model_configuration_gives_the_same(megatron):
     size = megalodon_config(transformer_config(), chunk_size=16, norm_num_groups=2)
     sized = spec.MegalodonSpec(size)

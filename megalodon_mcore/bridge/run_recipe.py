@@ -13,6 +13,7 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
 
 from megalodon_mcore.bridge.recipes import RECIPES, finetune_config
+from megalodon_mcore.bridge.recipes.finetuning import pad_packed_examples
 from megalodon_mcore.checkpoint_errors import load_in_one_sentence
 from megalodon_mcore.optimizer_check import check_optimizer
 
@@ -28,8 +29,9 @@ def run(command: str, argv: list[str]) -> int:
     args = _parser(command, finetunes).parse_intermixed_args(argv)
     cfg = RECIPES[args.recipe]()
     if finetunes:
-        cfg = finetune_config(cfg, args.pretrained, args.data)
+        cfg = finetune_config(cfg, args.pretrained, args.data, args.packed)
     cfg = process_config_with_overrides(cfg, args.config, args.overrides)
+    pad_packed_examples(cfg)
     check_optimizer(cfg.optimizer)
     if args.dry_run:
         cfg.model.finalize()
@@ -84,6 +86,11 @@ def _parser(command: str, finetunes: bool) -> ArgumentParser:
             "--data",
             required=True,
             help="Folder of training.jsonl and validation.jsonl with input and output.",
+        )
+        parser.add_argument(
+            "--packed",
+            action="store_true",
+            help="Put as many examples into a sequence as it has room for; they stay apart.",
         )
     parser.add_argument("--config", help="YAML file of values over the recipe's.")
     parser.add_argument("--dry-run", action="store_true", help="Print what would run and stop.")

@@ -106,7 +106,8 @@ def test_the_tiny_recipe_trains_and_goes_on_over_two_ranks(tmp_path):
     assert sentence.startswith(f"megalodon-mcore pretrain-recipe: {data} is truncated: ")
 
 
-def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
+def export_and_data(tmp_path, examples):
+    """An exported model, and a folder of examples to fine-tune it on."""
     model = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=2)
     saved = hf_folder(
         tmp_path / "saved", "one-head", tokenizer=True, swiglu=True, chunk_size=16, **model
@@ -116,8 +117,15 @@ def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for split in ("training", "validation"):
-        lines = [json.dumps({"input": f"{n} and", "output": f"{n + 1}"}) for n in range(40)]
+        # From 8 on, for lengths that differ.
+        numbers = range(8, 8 + examples)
+        lines = [json.dumps({"input": f"{n} and", "output": f"{n + 1}"}) for n in numbers]
         (data / f"{split}.jsonl").write_text("\n".join(lines))
+    return export, data
+
+
+def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
+    export, data = export_and_data(tmp_path, 40)
     losses = train(
         tmp_path,
         *("finetune-recipe", "tiny", "--pretrained", str(export), "--data", str(data)),
@@ -125,6 +133,29 @@ def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
     )
     assert sorted(losses) == list(range(1, 9))
     assert losses[8] < 0.8 * losses[1]
+
+
+def test_bridges_three_forms_of_bounds_say_the_same():
+    program = Path(__file__).parent / "packed_bounds.py"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found == dict.fromkeys(("plain", "padded", "old", "old without argmin"), [0, 4, 12, 16])
+
+
+def test_packed_examples_train_as_they_do_alone(tmp_path):
+    """Batches of all examples: alone in four sequences, or in one, which two ranks may share."""
+    export, data = export_and_data(tmp_path, 4)
+    common = ("finetune-recipe", "tiny", "--pretrained", str(export), "--data", str(data))
+    common += ("train.train_iters=4", "optimizer.lr=3e-3")
+    alone = train(tmp_path / "alone", *common, "train.global_batch_size=4")
+    one = (*common, "--packed", "train.global_batch_size=1")
+    context = ("model.context_parallel_size=2",)
+    for name, layout, processes in (("packed", (), 1), ("context", context, 2)):
+        packed = train(tmp_path / name, *one, *layout, processes=processes)
+        assert packed == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from megalodon_mcore.kernels.cema import (
 from megalodon_mcore.kernels.cema.naive import cema_naive
 from megalodon_mcore.kernels.segments import Segment, Segments
 
-from comparing import poisoned, random_segments, seeded
+from comparing import random_segments
 
 TOLERANCE = 3e-6
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

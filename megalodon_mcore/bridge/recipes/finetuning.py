@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from megatron.bridge.data.builders import (
     GPTSFTDatasetConfig,
     PromptCompletionSFTPreprocessingConfig,
 )
+from megatron.bridge.data.packing.config import PackedSequenceSpecs
 from megatron.bridge.training.config import ConfigContainer
 
 BATCH = 128
@@ -15,21 +17,22 @@ BATCH = 128
 
 
 def finetune_config(
-    pretraining: ConfigContainer, pretrained: str | Path, data: str | Path
+    pretraining: ConfigContainer, pretrained: str | Path, data: str | Path, packed: bool = False
 ) -> ConfigContainer:
     """Fine-tunes what a recipe pretrains, with its model and layout.
 
     The paper fine-tunes nothing with published numbers: rate (5e-6, to zero), warm-up (50 batches),
     length (1,000 batches) and batch are those of Bridge's own recipes of full fine-tuning.
 
-    Sequences are padded to the recipe's length, so that every layout can cut them, and not packed,
-    since a packed sequence's documents would see one another's CEMA state.
+    Sequences are padded to the recipe's length, so that every layout can cut them.
 
     Args:
         pretraining: the recipe, changed in place.
         pretrained: a Hugging Face folder of the same model, with its tokenizer.
         data: a folder with training.jsonl, validation.jsonl and test.jsonl of objects that have
             "input" and "output".
+        packed: whether sequences hold as many of those as they have room for, each of which gives
+            what it gives alone; micro-batches are one sequence then.
     """
     cfg = pretraining
     cfg.checkpoint.pretrained_checkpoint = str(pretrained)
@@ -48,6 +51,12 @@ def finetune_config(
         persistent_workers=False,
         do_test=False,
     )
+    if packed:
+        cfg.dataset.enable_offline_packing = True
+        cfg.dataset.offline_packing_specs = PackedSequenceSpecs(
+            packed_sequence_size=cfg.model.seq_length
+        )
+        cfg.train.micro_batch_size = 1
     # Ranks of one sequence may have different numbers of tokens that count.
     cfg.model.calculate_per_token_loss = True
     cfg.ddp.average_in_collective = False
@@ -59,3 +68,12 @@ def finetune_config(
     cfg.validation.eval_interval = min(cfg.validation.eval_interval, 100)
     cfg.checkpoint.save_interval = min(cfg.checkpoint.save_interval, 100)
     return cfg
+
+
+def pad_packed_examples(cfg: ConfigContainer) -> None:
+    """Makes every packed example as long as the layout, once it is known, can cut it."""
+    specs = getattr(cfg.dataset, "offline_packing_specs", None)
+    if specs is not None and cfg.model.context_parallel_size > 1:
+        specs.pad_seq_to_mult = math.lcm(
+            specs.pad_seq_to_mult or 1, 2 * cfg.model.context_parallel_size
+        )
