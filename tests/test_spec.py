@@ -1,7 +1,7 @@
 """What Megatron builds from the specs: layers, sizes, initial values, checkpoint entries."""
 
-import dataclasses
 import argparse
+import dataclasses
 import inspect
 import math
 

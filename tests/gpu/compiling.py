@@ -7,9 +7,9 @@ come first of all to the compiler's errors, so a rehearsal does all of it.
 from unittest.mock import patch
 
 import torch
+from megalodon_mcore.kernels.chunked_attention import triton as attention_kernels
 
 from ahead_of_time import SHARED_MEMORY, Report, compile_all, launches
-from megalodon_mcore.kernels.chunked_attention import triton as attention_kernels
 from operators import DROPOUT, OPERATORS, VARIANTS, Shape
 from stage import Stage
 

@@ -9,15 +9,15 @@ million positions the end is compared.
 from unittest.mock import patch
 
 import torch
-
-import operators
-from comparing import INTERPRETED, error, poisoned
 from megalodon_mcore.kernels.cema.naive import cema_naive
 from megalodon_mcore.kernels.chunked_attention import chunked_attention_naive
 from megalodon_mcore.kernels.gates import gated_silu_naive, swiglu_naive
 from megalodon_mcore.kernels.query_key import query_key_naive
 from megalodon_mcore.kernels.row_norm import layer_norm_naive, rms_norm_naive
 from megalodon_mcore.kernels.timestep_norm import timestep_norm_naive
+
+import operators
+from comparing import INTERPRETED, error, poisoned
 from operators import OPERATORS, VARIANTS, Shape
 from stage import Stage
 

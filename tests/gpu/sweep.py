@@ -5,13 +5,13 @@ from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
+from megalodon_mcore.kernels.cema import triton as cema
+from megalodon_mcore.kernels.chunked_attention import triton as attention
+from megalodon_mcore.kernels.timestep_norm import triton as timestep_norm
 
 from ahead_of_time import SHARED_MEMORY, Report, compile_all, launches
 from clock import kernel_seconds
 from compiling import MAY_SPILL, train
-from megalodon_mcore.kernels.cema import triton as cema
-from megalodon_mcore.kernels.chunked_attention import triton as attention
-from megalodon_mcore.kernels.timestep_norm import triton as timestep_norm
 from operators import OPERATORS, SIZES, Shape
 from stage import Stage
 

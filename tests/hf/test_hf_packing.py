@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from comparing import error
 from hf_models import build
 
+from comparing import error
 from megalodon_mcore.hf import modeling_megalodon
 
 TOKENS = torch.arange(1, 24)[None]

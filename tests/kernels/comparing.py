@@ -5,7 +5,6 @@ import os
 import random
 
 import torch
-
 from megalodon_mcore.kernels.segments import Segment, Segments
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,8 +9,6 @@ import math
 
 import pytest
 import torch
-
-from comparing import poisoned, seeded
 from megalodon_mcore.kernels.cema import (
     blocks,
     cema,
@@ -24,7 +22,7 @@ from megalodon_mcore.kernels.cema import (
 from megalodon_mcore.kernels.cema.naive import cema_naive
 from megalodon_mcore.kernels.segments import Segment, Segments
 
-from comparing import random_segments
+from comparing import poisoned, random_segments, seeded
 
 TOLERANCE = 3e-6
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

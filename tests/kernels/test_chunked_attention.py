@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-from comparing import BFLOAT16, error, poisoned, random_segments
 from megalodon_mcore.kernels.chunked_attention import (
     AttentionState,
     chunked_attention,
@@ -11,6 +9,8 @@ from megalodon_mcore.kernels.chunked_attention import (
     portable,
 )
 from megalodon_mcore.kernels.segments import Segment, Segments
+
+from comparing import BFLOAT16, error, poisoned, random_segments
 
 PACKAGE, TILES = "chunked_attention", {}
 FLOAT32 = 3e-6

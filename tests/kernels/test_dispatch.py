@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from megalodon_mcore.kernels import dispatch
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.dispatch import use_triton

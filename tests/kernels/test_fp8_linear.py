@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-
-from comparing import seeded
 from megalodon_mcore.kernels.fp8_linear import RECIPES, fp8_linear, fp8_linear_naive
 from megalodon_mcore.kernels.fp8_linear.naive import E4M3, E5M2, quantize_naive, round_to
 from megalodon_mcore.kernels.fp8_linear.portable import quantize_portable
+
+from comparing import seeded
 
 FORMATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
+from megalodon_mcore.kernels.gates import gated_silu, gated_silu_naive, swiglu, swiglu_naive
 
 from comparing import BFLOAT16, poisoned, seeded
-from megalodon_mcore.kernels.gates import gated_silu, gated_silu_naive, swiglu, swiglu_naive
 
 # What the `path` fixture cuts small.
 PACKAGE, TILES = "gates", {"TILE": 1024, "COLUMNS": 256}

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 import torch
+from megalodon_mcore.kernels import plain
+from megalodon_mcore.kernels.segments import Segments
+from megalodon_mcore.kernels.timestep_norm import timestep_statistics
 from torch._dynamo.utils import counters
 
 import test_gates as of_gates
@@ -14,9 +17,6 @@ import test_row_norm as of_row_norm
 import test_timestep_norm as of_timestep_norm
 from comparing import error, random_segments
 from megalodon_mcore import cpu
-from megalodon_mcore.kernels import plain
-from megalodon_mcore.kernels.segments import Segments
-from megalodon_mcore.kernels.timestep_norm import timestep_statistics
 
 
 @pytest.fixture(autouse=True)

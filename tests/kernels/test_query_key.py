@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-from comparing import BFLOAT16, error, poisoned, random_segments, seeded
 from megalodon_mcore.kernels.query_key import query_key, query_key_naive
 from megalodon_mcore.kernels.segments import Segment, Segments
+
+from comparing import BFLOAT16, error, poisoned, random_segments, seeded
 
 # What the `path` fixture cuts small.
 PACKAGE, TILES = "query_key", {"TILE": 256, "PROGRAMS": 4}

@@ -4,14 +4,14 @@ from itertools import product
 
 import pytest
 import torch
-
-from comparing import BFLOAT16, error, poisoned, seeded
 from megalodon_mcore.kernels.row_norm import (
     layer_norm,
     layer_norm_naive,
     rms_norm,
     rms_norm_naive,
 )
+
+from comparing import BFLOAT16, error, poisoned, seeded
 
 # What the `path` fixture cuts small.
 PACKAGE, TILES = "row_norm", {"TILE": 1024, "PROGRAMS": 3}

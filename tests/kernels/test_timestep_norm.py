@@ -4,8 +4,6 @@ import random
 
 import pytest
 import torch
-
-from comparing import BFLOAT16, error, poisoned, seeded
 from megalodon_mcore.kernels.segments import Segment, Segments
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
@@ -13,6 +11,8 @@ from megalodon_mcore.kernels.timestep_norm import (
     timestep_norm_naive,
     timestep_statistics,
 )
+
+from comparing import BFLOAT16, error, poisoned, seeded
 
 PACKAGE = "timestep_norm"
 TILES = {"TILE": 256, "PROGRAMS": 12, "SCAN": 64}

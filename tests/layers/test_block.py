@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-
-import straight_line
+from megalodon_mcore.kernels.segments import Segments
 from megatron.core.packed_seq_params import PackedSeqParams
 
+import straight_line
 from building import build, randomize, swiglu_heads_rescale
 from comparing import error
-from megalodon_mcore.kernels.segments import Segments
 
 CONFIGURATIONS = {
     "one-head": dict(own=dict(chunk_size=16), heads=1),

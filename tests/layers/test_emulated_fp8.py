@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megalodon_mcore.kernels.fp8_linear import fp8_linear
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
@@ -9,7 +10,6 @@ from building import build, randomize, transformer_config
 from comparing import error
 from distributed.layouts import Layout
 from distributed.training import set_up
-from megalodon_mcore.kernels.fp8_linear import fp8_linear
 from megalodon_mcore.layers.emulated_fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megalodon_mcore.layers.submodules import LINEAR_LAYERS
 from megalodon_mcore.sizes import SIZES
