@@ -78,59 +78,54 @@ def make_tables(
     for chosen, held in zip(parts, (None, buffer), strict=True):
         groups = []
         for group, size in _groups(chosen, limit):
-            given = torch.tensor(group)
-            pairs = _of_queries(given, square)
+            pairs = _of_queries(group, square)
             pairs = numbered(pairs, 0, pairs[:, PART] + 1)
-            keys = numbered(given, 0, _tiles(given[:, 5], product))
-            queries, keys, pairs = (
-                z.to(device) for z in (_of_queries(given, product), keys, pairs)
-            )
-            groups.append(Group(queries, keys, pairs, size))
-        if chosen:
+            keys = numbered(group, 0, _tiles(group[:, 5], product))
+            made = (z.to(device) for z in (_of_queries(group, product), keys, pairs))
+            groups.append(Group(*made, size))
+        if len(chosen):
             if held:
                 held = Buffer(held.size, *(z.to(device) for z in held[1:]))
-            queries = _of_queries(torch.tensor(chosen), forward)
+            queries = _of_queries(chosen, forward)
             tables.append(Tables(held, queries.to(device), groups))
     return tables
 
 
 def _parts(
     segments: Segments, chunk_size: int, square: int
-) -> tuple[list[list[list[int]]], Buffer | None]:
+) -> tuple[tuple[Tensor, Tensor], Buffer | None]:
     """Parts without and with keys of the state, the longest first, and the buffer of the latter."""
-    parts: list[list[list[int]]] = [[], []]
-    size = 0
-    held = torch.empty(segments.begun(chunk_size), dtype=torch.int64)
-    own, steps, rows = [], [], []
-    for row, start, length, before, prefix in sorted(
-        segments.chunk_parts(chunk_size), key=lambda part: -part.length
-    ):
-        stop, keys = before + length, (row, start)
-        if before:
-            keys = (0, size)
-            held[prefix : prefix + before] = torch.arange(size, size + before)
-            own.append(torch.arange(size + before, size + stop))
-            steps.append(torch.arange(start, start + length))
-            rows.append(torch.full((length,), row))
-            size += stop
-        side = square * -(-stop // square)
-        parts[before > 0].append([row, start, *keys, before, stop, 0, side])
-    if not size:
-        return parts, None
-    return parts, Buffer(size, held, torch.cat(own), torch.cat(steps), torch.cat(rows))
+    parts = sorted(segments.chunk_parts(chunk_size), key=lambda part: -part.length)
+    row, start, length, before, prefix = torch.tensor(parts).unbind(1)
+    stop, held = before + length, before > 0
+    side = _tiles(stop, square) * square
+    table = torch.stack([row, start, row, start, before, stop, torch.zeros_like(side), side], 1)
+    if not held.any():
+        return (table, table[:0]), None
+
+    ends = stop[held].cumsum(0)
+    keys = ends - stop[held]
+    table[held, 2], table[held, 3] = 0, keys
+    prefix, first, number = numbered(torch.stack([prefix[held], keys], 1), 0, before[held]).unbind(
+        1
+    )
+    from_state = torch.empty_like(prefix)
+    from_state[prefix + number] = first + number
+    own = torch.stack([row[held], start[held], keys + before[held]], 1)
+    row, start, first, number = numbered(own, 0, length[held]).unbind(1)
+    buffer = Buffer(int(ends[-1]), from_state, first + number, start + number, row)
+    return (table[~held], table[held]), buffer
 
 
-def _groups(parts: list[list[int]], limit: int) -> Iterator[tuple[list[list[int]], int]]:
+def _groups(parts: Tensor, limit: int) -> Iterator[tuple[Tensor, int]]:
     """Parts with the places of their squares, so many that these fit, and all these's numbers."""
-    group, size = [], 0
-    for *part, _, side in parts:
-        if group and size + side**2 > limit:
-            yield group, size
-            group, size = [], 0
-        group.append([*part, size, side])
-        size += side**2
-    if group:
-        yield group, size
+    first, size, squares = 0, 0, parts[:, 7] ** 2
+    for last, square in enumerate([*squares.tolist(), limit + 1]):
+        if last > first and size + square > limit:
+            parts[first:last, 6] = squares[first:last].cumsum(0) - squares[first:last]
+            yield parts[first:last], size
+            first, size = last, 0
+        size += square
 
 
 def _of_queries(parts: Tensor, tile: int) -> Tensor:
