@@ -81,8 +81,10 @@ def make_tables(
             pairs = _of_queries(group, square)
             pairs = numbered(pairs, 0, pairs[:, PART] + 1)
             keys = numbered(group, 0, _tiles(group[:, 5], product))
-            made = (z.to(device) for z in (_of_queries(group, product), keys, pairs))
-            groups.append(Group(*made, size))
+            queries, keys, pairs = (
+                z.to(device) for z in (_of_queries(group, product), keys, pairs)
+            )
+            groups.append(Group(queries, keys, pairs, size))
         if len(chosen):
             if held:
                 held = Buffer(held.size, *(z.to(device) for z in held[1:]))
