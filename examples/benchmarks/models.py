@@ -169,14 +169,27 @@ class FusedAttention(torch.nn.Module):
 
 
 def forward_backward(
-    model: torch.nn.Module, batch: int, length: int, mask: torch.Tensor | None = None
+    model: torch.nn.Module,
+    batch: int,
+    length: int,
+    mask: torch.Tensor | None = None,
+    bounds: list[int] | None = None,
 ) -> Callable[[], None]:
-    """One forward and backward pass on random tokens, gradients thrown away."""
+    """One forward and backward pass on random tokens, gradients thrown away.
+
+    bounds: where documents start in the one row, and its length; None for one document a row.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
     tokens = torch.randint(SIZES["vocabulary"], (batch, length))
     positions = torch.arange(length).expand(batch, length)
 
     def run() -> None:
-        model(tokens, positions, mask, labels=tokens).mean().backward()
+        packed = None
+        if bounds is not None:
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(bounds))
+        losses = model(tokens, positions, mask, labels=tokens, packed_seq_params=packed)
+        losses.mean().backward()
         for parameter in model.parameters():
             parameter.grad = None
 
