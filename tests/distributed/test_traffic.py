@@ -6,6 +6,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.identity_op import IdentityOp
@@ -44,6 +45,8 @@ class Layer:
 
     layout: ParallelLayout
     gpt: bool = False
+    bounds: tuple[int, ...] | None = None
+    """Where documents start in the one row, and its length."""
 
 
 def count(layer: Layer) -> Measured:
@@ -78,8 +81,11 @@ def count(layer: Layer) -> Measured:
         )
     shape = (layout.residual_length, layout.micro_batch_size, HIDDEN)
     x = torch.randn(*shape, requires_grad=True)
+    packed = None
+    if layer.bounds is not None:
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(layer.bounds))
     with SentBytes() as forward:
-        y = block(x, attention_mask=None)[0]
+        y = block(x, attention_mask=None, packed_seq_params=packed)[0]
     with SentBytes() as backward:
         y.sum().backward()
     return Measured(
@@ -128,6 +134,24 @@ def test_context_parallel_states_do_not_grow_with_the_length(workers):
     # One all-gather of summaries per recurrence, and its reverse.
     assert short[0].forward_calls == {("all-gather", "CP"): 2}
     assert short[0].backward_calls == {("reduce-scatter", "CP"): 2}
+
+
+@pytest.mark.parametrize(("order", "states"), [("contiguous", 1), ("zigzag", 2)])
+def test_documents_add_no_states_to_the_traffic(workers, order, states):
+    """At most the first and the last segment of each part that a rank has are of a cut document."""
+    layout = replace(CONTEXT, seq_length=320, micro_batch_size=1, order=order)
+    ranks = [
+        counts(workers, Layer(layout, bounds=bounds))
+        for bounds in (None, tuple(range(0, 321, 64)), tuple(range(0, 321, 5)), (0, 7, 313, 320))
+    ]
+    # TimestepNorm's means and variances in float64, CEMA's complex states, to three other ranks.
+    state = 2 * SIZE.norm_num_groups * 8 + HIDDEN * SIZE.cema_ndim * 8
+    for sent in ranks:
+        assert sent[0].forward["all-gather", "CP"] <= 3 * states * state
+    assert ranks[0][0].forward["all-gather", "CP"] == 3 * states * state
+    # Where every document ends with a rank's part, nothing is sent.
+    apart = counts(workers, Layer(layout, bounds=tuple(range(0, 321, 40))))[0]
+    assert not apart.forward and not apart.backward
 
 
 def test_tensor_parallelism_sends_one_hidden_state_gather_more_than_gpt(workers):

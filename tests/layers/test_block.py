@@ -77,3 +77,25 @@ def test_model_logits_follow_the_equations(megatron, name):
     expected = straight_line.model(tokens, parameters, config)
     actual = model(tokens, None, None)
     assert error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("other", [float("nan"), float("inf"), 1e4, 0.0])
+def test_a_document_changes_no_bit_of_another(megatron, other):
+    """Neither of its outputs nor, from the same upstream gradient, of its input's gradient."""
+    model, _ = build(own=dict(chunk_size=16), heads=2)
+    layer, bounds = model.decoder.layers[0], torch.tensor([0, 9, 48, 70])
+    randomize(layer)
+    upstream = torch.randn(70, 1, model.config.hidden_size)
+    plain = torch.randn(70, 1, model.config.hidden_size)
+    changed = plain.clone()
+    changed[9:48] = other
+    results = []
+    for x in (plain, changed):
+        x.requires_grad_()
+        packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds)
+        output, _ = layer(x, packed_seq_params=packed)
+        output.backward(upstream)
+        results.append((output.detach(), x.grad))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first[:9], second[:9])
+        assert torch.equal(first[48:], second[48:])
