@@ -5,6 +5,7 @@ Our weights go to it, and its gradients come back, in the layout of released che
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from building import EPS, build, randomize, swiglu_heads_rescale
 from comparing import error
@@ -146,10 +147,17 @@ def hand_over(parameters, judge):
 
 
 @eqx.filter_jit
-def judgement(judge, tokens):
-    """Its logits, its mean loss of predicting each next token, and that loss's gradients."""
-    logits, _ = judge(tokens)
-    loss, gradients = eqx.filter_value_and_grad(lambda m: m.compute_loss(tokens, tokens))(judge)
+def judgement(judge, tokens, documents):
+    """Its logits, its mean loss of predicting each next token, and that loss's gradients.
+
+    documents: None, or the number of each token's document, from 1 on.
+    """
+
+    def loss_of(model):
+        return model.compute_loss(tokens, tokens, segment_ids=documents)
+
+    logits, _ = judge(tokens, segment_ids=documents)
+    loss, gradients = eqx.filter_value_and_grad(loss_of)(judge)
     return logits, loss, gradients
 
 
@@ -158,21 +166,35 @@ def relative(actual, expected):
     return error(actual, torch.tensor(np.asarray(expected)))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_loss_and_every_gradient_agree(megatron, name):
+PACKED = {"swiglu-two-heads-rescale": (0, 1, 14, 40, 48)}
+"""Where documents start in one row, and its length: that of the case."""
+
+
+@pytest.mark.parametrize(("name", "bounds"), [*((name, None) for name in CASES), *PACKED.items()])
+def test_logits_loss_and_every_gradient_agree(megatron, name, bounds):
     options, batch, length = CASES[name]
     swiglu = options.get("swiglu", False)
     model, judge, _ = build_pair(options)
     randomize(model)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     judge = hand_over(released_layout(parameters, swiglu), judge)
-    tokens = torch.randint(VOCABULARY, (batch, length))
-    expected_logits, expected_loss, expected_gradients = judgement(judge, tokens.numpy())
+    tokens = torch.randint(VOCABULARY, (1 if bounds else batch, length))
+    packed, documents = {}, None
+    # The last position of a document has no next token in it: its loss is unused.
+    used = torch.ones_like(tokens, dtype=torch.bool)
+    used[:, -1] = False
+    if bounds:
+        starts = torch.zeros_like(tokens)
+        starts[:, bounds[:-1]] = 1
+        documents = starts.cumsum(1).numpy()
+        used[:, [stop - 1 for stop in bounds[1:]]] = False
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        packed["packed_seq_params"] = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens)
+    expected_logits, expected_loss, expected_gradients = judgement(judge, tokens.numpy(), documents)
 
-    logits = model(tokens, None, None)
-    # The last position has no next token here: its label is arbitrary and its loss unused.
-    losses = model(tokens, None, None, labels=tokens.roll(-1, dims=1))
-    loss = losses[:, :-1].mean()
+    logits = model(tokens, None, None, **packed)
+    losses = model(tokens, None, None, labels=tokens.roll(-1, dims=1), **packed)
+    loss = losses[used].mean()
     loss.backward()
     gradients = released_layout({n: p.grad for n, p in model.named_parameters()}, swiglu)
     expected_gradients = without_buffers(export_upstream_state_dict(expected_gradients))
