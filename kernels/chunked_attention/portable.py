@@ -56,19 +56,18 @@ class _Piece(NamedTuple):
     """Where those stand there, [chunks, rows, before] one after another."""
 
     def steps(self, z: Tensor) -> Tensor:
-        """Of [length, batch, heads, d] the view [chunks, rows, heads, length, d]."""
+        """Of [batch, heads, length, d] the view [rows, heads, chunks, length, d]."""
         stop = self.start + self.chunks * self.length
-        z = z[self.start : stop, self.rows].unflatten(0, (self.chunks, self.length))
-        return z.permute(0, 2, 3, 1, 4)
+        return z[self.rows, :, self.start : stop].unflatten(2, (self.chunks, self.length))
 
     def held(self, state: Tensor) -> Tensor:
-        """Of a state [M, heads, d] the view [chunks, rows, heads, before, d]."""
+        """Of a state [M, heads, d] the view [rows, heads, chunks, before, d]."""
         shape = (self.chunks, self.rows.stop - self.rows.start, self.before)
         stop = self.prefix + math.prod(shape)
-        return state[self.prefix : stop].unflatten(0, shape).transpose(2, 3)
+        return state[self.prefix : stop].unflatten(0, shape).permute(1, 3, 0, 2, 4)
 
     def seen(self, z: Tensor, state: Tensor | None) -> Tensor:
-        """What the last query sees: [chunks, rows, heads, before + length, d]."""
+        """What the last query sees: [rows, heads, chunks, before + length, d]."""
         if not self.before:
             return self.steps(z)
         return torch.cat([self.held(state).to(z.dtype), self.steps(z)], dim=3)
@@ -100,7 +99,7 @@ class _ChunkedAttention(torch.autograd.Function):
         pieces: list[_Piece],
         dropout_p: float,
     ) -> Tensor:
-        q, k, v = (_for_products(z) for z in (q, k, v))
+        q, k, v = (_heads_first(z) for z in (q, k, v))
         ctx.pieces, ctx.dropout_p = pieces, dropout_p
         wide_q, wide_k = (z.to(compute_dtype(z)) for z in (q, k))
         out = torch.empty_like(v)
@@ -117,13 +116,13 @@ class _ChunkedAttention(torch.autograd.Function):
                         weights = _drop(weights, keep, dropout_p)
                     torch.bmm(weights.to(v.dtype), values[:, :seen], out=outputs[:, rows])
         ctx.save_for_backward(q, k, v, key, value, *kept)
-        return out
+        return _heads_back(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key, value, *kept = ctx.saved_tensors
-        grad_out = _for_products(grad_out)
+        grad_out = _heads_first(grad_out)
         wide_q, wide_k = (z.to(compute_dtype(z)) for z in (q, k))
         grad_q, grad_k = torch.empty_like(wide_q), torch.empty_like(wide_k)
         future = _future(ctx.pieces, v)
@@ -166,26 +165,33 @@ class _ChunkedAttention(torch.autograd.Function):
                     piece.held(state).copy_(grad[..., : piece.before, :])
                     to.copy_(grad[..., piece.before :, :])
         grads = grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-        return *grads, grad_key, grad_value, None, None
+        return *map(_heads_back, grads), grad_key, grad_value, None, None
 
 
-def _for_products(z: Tensor) -> Tensor:
-    """Products of bfloat16 copy what does not lie side by side, and each would."""
-    if z.dtype != torch.bfloat16:
-        return z
-    return z.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+def _heads_first(z: Tensor) -> Tensor:
+    """Of [length, batch, heads, d] the view [batch, heads, length, d], or a copy for bfloat16.
+
+    Products of that copy what does not lie side by side, and each would.
+    """
+    z = z.permute(1, 2, 0, 3)
+    return z.contiguous() if z.dtype == torch.bfloat16 else z
+
+
+def _heads_back(z: Tensor) -> Tensor:
+    return z.permute(2, 0, 1, 3)
 
 
 def _matrices(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Of [chunks, rows, heads, length, d]: views [n, length, d] that make up the whole.
+    """Of [rows, heads, chunks, length, d]: views [n, length, d] that make up the whole.
 
     Products take no two dimensions of matrices without a copy: they take the largest, and the
     others are gone through.
     """
     sizes = tensors[0].shape[:3]
-    moved = [z.movedim(sizes.index(max(sizes)), 2) for z in tensors]
-    for first, second in product(*map(range, moved[0].shape[:2])):
-        yield [z[first, second] for z in moved]
+    whole = sizes.index(max(sizes))
+    ranges = [[slice(None)] if i == whole else range(n) for i, n in enumerate(sizes)]
+    for at in product(*ranges):
+        yield [z[at] for z in tensors]
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
