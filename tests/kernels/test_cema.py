@@ -127,7 +127,7 @@ def check_against_naive(inputs, segments, return_state=True, tolerance=TOLERANCE
 
 
 def compare(values, value_refs, leaves, reference_leaves, tolerance, spread=False):
-    """Values and gradients of one random cotangent; what is rounded to a half type may be off so."""
+    """Values and gradients of one random cotangent, but for what half types round off."""
     generator = seeded(1)
     cotangents = [torch.randn(a.shape, generator=generator, dtype=a.dtype) for a in values]
     if spread:
