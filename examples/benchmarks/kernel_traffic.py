@@ -128,7 +128,7 @@ def counting(count: Count) -> Iterator[None]:
 
     def access(pointers, mask) -> None:  # noqa: ANN001
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        active = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        active = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
         kernel[0].moved += active.size * size
         sectors.append(np.unique(active // SECTOR))
 

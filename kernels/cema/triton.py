@@ -336,13 +336,13 @@ def _tile(table, tile, T: tl.constexpr, M: tl.constexpr):
     t = tl.arange(0, M)[None] * T + tl.arange(0, T)[:, None]
     step = tl.load(table + 1) + t
     inside = (step >= tl.load(table + 2)) & (step < tl.load(table + 3))
-    return tl.load(table).to(tl.int64), step.to(tl.int64), inside, tl.load(table + 4).to(tl.int64)
+    return tl.load(table), step, inside, tl.load(table + 4)
 
 
 @triton.jit
 def _load(x_ptr, row, step, inside, d, D, x_step, x_batch, EXACT: tl.constexpr):
     """Steps [T, M] of each channel as a factor [DC, T, M], zeros where there are none."""
-    at = x_ptr + row * x_batch + (step * x_step)[None] + d[:, None, None]
+    at = x_ptr + row.to(tl.int64) * x_batch + (step.to(tl.int64) * x_step)[None] + d[:, None, None]
     x = tl.load(at, mask=(d < D)[:, None, None] & inside[None], other=0.0)
     # TF32 holds a bfloat16.
     return halves(x.to(tl.float32), EXACT and x.dtype == tl.float32)
@@ -350,7 +350,7 @@ def _load(x_ptr, row, step, inside, d, D, x_step, x_batch, EXACT: tl.constexpr):
 
 @triton.jit
 def _store(y_ptr, y, row, step, inside, d, D, y_step, y_batch):
-    at = y_ptr + row * y_batch + (step * y_step)[None] + d[:, None, None]
+    at = y_ptr + row.to(tl.int64) * y_batch + (step.to(tl.int64) * y_step)[None] + d[:, None, None]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(d < D)[:, None, None] & inside[None])
 
 
@@ -375,7 +375,7 @@ def _entering(real, imag, before, start, at, here, size):
     goes_on = before >= 0
     real, imag = tl.where(goes_on, real, 0.0), tl.where(goes_on, imag, 0.0)
     if start is not None:
-        given = (-2 - before) * size + at
+        given = (-2 - before).to(tl.int64) * size + at
         given_real, given_imag = load_pair(start, given, here & (before < -1))
         real, imag = real + given_real, imag + given_imag
     return real, imag
@@ -518,7 +518,7 @@ def forward_kernel(
         real, imag = _entering(real, imag, before, start, at, here, D * N)
         x = _load(x_ptr, row, step, inside, d, D, x_step, x_batch, EXACT)
         if kept is not None:
-            store_pair(kept, before * D * N + at, real, imag, here & (before >= 0))
+            store_pair(kept, before.to(tl.int64) * D * N + at, real, imag, here & (before >= 0))
         s_real = product(w_real, x, zero)
         s_imag = product(w_imag, x, zero)
         h_real, h_imag, s_real, s_imag = scan(s_real, s_imag, real, imag, a, b, M, False)
@@ -604,14 +604,14 @@ def backward_kernel(
         back = product(back_imag, halves(after_imag, EXACT), back)
         _store(grad_x, back, row, step, inside, d, D, to_step, to_batch)
         if grad_start is not None:
-            given = (-2 - before) * D * N + at
+            given = (-2 - before).to(tl.int64) * D * N + at
             store_pair(grad_start, given, g_real, g_imag, here & (before < -1))
         # What comes before a segment's first tile is another's.
         g_real, g_imag = tl.where(before < 0, 0.0, g_real), tl.where(before < 0, 0.0, g_imag)
 
         # The states before the blocks, and the gradients of the maps.
         x = _load(x_ptr, row, step, inside, d, D, x_step, x_batch, EXACT)
-        real, imag = load_pair(kept, before * D * N + at, here & (before >= 0))
+        real, imag = load_pair(kept, before.to(tl.int64) * D * N + at, here & (before >= 0))
         real, imag = _entering(real, imag, before, start, at, here, D * N)
         to_within += outer(grad, x, nothing)
         to_w_real += outer(halves(after_real, EXACT), x, nothing)
