@@ -20,7 +20,11 @@ def arguments(prefix):
     paths = ("data_args_path", "train_data_path", "valid_data_path", "test_data_path")
     paths += ("per_split_data_args_path",)
     return Namespace(
-        mock_data=False, data_path=[str(prefix)], split="1,1,1", **dict.fromkeys(paths)
+        mock_data=False,
+        sft=False,
+        data_path=[str(prefix)],
+        split="1,1,1",
+        **dict.fromkeys(paths),
     )
 
 
