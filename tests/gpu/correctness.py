@@ -104,8 +104,9 @@ def check(operator, shape, dtype, device, share=1):
             # Weights and their gradients are rounded, too, before they meet the values.
             bound *= 3
         if operator is EVERY["CEMA, stream"] and half and name == "gradient 0":
-            # A sum of two rounded tensors: what y adds, and what the state does (2^-8 + 2.8e-4).
-            bound *= 2
+            # A sum of two rounded tensors, rounded: what y adds, and what the state does. Measured
+            # under the interpreter: 1.07 of the bound.
+            bound *= 1.5
         # Where everything cancels in float64, the error is one of terms of size 1.
         found = error(a, w) if w.any() or not w.numel() else float(a.detach().abs().max())
         worst = max(worst, (found / bound, found, name, bound))
