@@ -114,8 +114,9 @@ class Operator(NamedTuple):
 
 @lru_cache
 def documents(shape: Shape) -> Segments:
-    """Rows packed with up to 64 documents, of lengths that rise evenly."""
-    bounds = sorted({shape.length * i * i // 64**2 for i in range(65)})
+    """Rows of up to 64 documents of rising lengths, which are 16 steps or more on average."""
+    count = max(2, min(64, shape.length // 16))
+    bounds = sorted({shape.length * i * i // count**2 for i in range(count + 1)})
     return Segments.of_documents([bounds] * shape.batch)
 
 
