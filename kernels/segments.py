@@ -59,6 +59,8 @@ class Segments:
             if (segment.row, segment.start) != end or segment.length < 1 or segment.position < 0:
                 raise ValueError(f"{segment} does not follow step {end[1]} of row {end[0]}.")
             stop = segment.start + segment.length
+            if stop > length:
+                raise ValueError(f"{segment} ends after the {length} steps of its row.")
             end = (segment.row, stop) if stop < length else (segment.row + 1, 0)
         if end != (batch, 0) and length:
             raise ValueError(f"segments end at step {end[1]} of row {end[0]}; rows are {batch}.")

@@ -882,7 +882,7 @@ class MegalodonModel(MegalodonPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         self._check_cache(cache, batch)
         decoding = cache is not None and length == 1
-        real = self._real_steps(attention_mask, length, decoding)
+        real = self._real_steps(attention_mask, batch, length, decoding)
         samples = None if decoding else packed_samples(position_ids, real, inputs, others)
         if samples is not None:
             if past_key_values is not None or given_use_cache:
@@ -1019,15 +1019,16 @@ class MegalodonModel(MegalodonPreTrainedModel):
             )
 
     def _real_steps(
-        self, attention_mask: Tensor | None, length: int, decoding: bool
+        self, attention_mask: Tensor | None, batch: int, length: int, decoding: bool
     ) -> Tensor | None:
         """Marks what is no padding, bool [batch, length]; None if all is (where one may ask)."""
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+        shape = attention_mask.shape
+        if len(shape) != 2 or shape[0] != batch or shape[1] < length:
             raise ValueError(
                 f"attention_mask has shape {list(attention_mask.shape)}; it takes zeros and ones "
-                f"[batch, {length}], or more columns for what the cache has seen."
+                f"{[batch, length]}, or more columns for what the cache has seen."
             )
         mask = attention_mask[:, -length:]
         real = mask.bool()
@@ -1050,6 +1051,14 @@ def packed_samples(
         ValueError: what says so contradicts itself, or samples are packed beside padding.
     """
     batch, length = inputs.shape[:2]
+    if position_ids is not None and (
+        tuple(position_ids.shape) not in ((batch, length), (1, length))
+        or position_ids.dtype not in (torch.int64, torch.int32)
+    ):
+        raise ValueError(
+            f"position_ids is {position_ids.dtype} of shape {list(position_ids.shape)}; it takes "
+            f"integers {[batch, length]}."
+        )
     starts = [
         sample_starts(name, others[name], batch, length)
         for name in PACKING
@@ -1070,6 +1079,8 @@ def packed_samples(
         raise ValueError(
             f"position_ids, {', '.join(PACKING)}: two of them disagree on where samples start."
         )
+    if int(starts[0].sum()) == batch:
+        return None
     if real is not None:
         raise ValueError(
             "attention_mask has zeros and the rows hold packed samples; leave padding out of them, "
@@ -1201,7 +1212,7 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         marks: dict,
     ) -> Tensor:
         """Labels with -100 for samples' first tokens, which nothing before them predicts."""
-        real = self.model._real_steps(attention_mask, labels.shape[1], False)
+        real = self.model._real_steps(attention_mask, *labels.shape, False)
         samples = packed_samples(position_ids, real, labels, marks)
         if samples is None:
             return labels

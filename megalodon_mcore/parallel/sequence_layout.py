@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 ORDERS_OF_ROWS = ("contiguous", "zigzag")
@@ -53,12 +55,25 @@ class SequenceLayout:
 
     def rows(self, rank: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Of positions start..stop-1 those that a rank holds: (first position, row, number)."""
-        row = 0
-        for held in self.spans[rank]:
+        spans, starts, rows = self.spans[rank], *self._starts[rank]
+        for place in range(max(0, bisect_right(starts, start) - 1), len(spans)):
+            held = spans[place]
+            if held.start >= stop:
+                break
             first, last = max(held.start, start), min(held.stop, stop)
             if first < last:
-                yield first, row + first - held.start, last - first
-            row += held.length
+                yield first, rows[place] + first - held.start, last - first
+
+    @cached_property
+    def _starts(self) -> list[tuple[list[int], list[int]]]:
+        """Of each rank's spans, which rise, where they start in the sequence and in the rank."""
+        return [
+            (
+                [span.start for span in held],
+                [0, *accumulate(span.length for span in held)],
+            )
+            for held in self.spans
+        ]
 
 
 def sequence_layout(

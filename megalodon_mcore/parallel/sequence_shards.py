@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +41,9 @@ class SequenceShards:
         self.layout, self.group, self.batch = layout, group, batch
         self.rank = 0 if group is None else group.rank()
         own = layout.spans[self.rank]
-        starts = [sum(span.length for span in own[:place]) for place in range(len(own))]
+        *starts, length = accumulate((span.length for span in own), initial=0)
         self.segments = Segments(
-            sum(span.length for span in own),
+            length,
             batch,
             [
                 Segment(row, start, span.length, span.position)

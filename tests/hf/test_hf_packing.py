@@ -30,6 +30,9 @@ WRONG = {
     "cu_seq_lens_q is .*from 0 to 23": dict(cu_seq_lens_q=CUMULATIVE[:-1]),
     "cu_seqlens is .*from 0 to 23": dict(cu_seqlens=CUMULATIVE[1:]),
     "seq_idx has shape": dict(seq_idx=INDICES[:, 1:]),
+    r"position_ids is torch.int64 of shape \[1, 1, 23\]": dict(position_ids=POSITIONS[None]),
+    "position_ids is torch.bool": dict(position_ids=POSITIONS > 0),
+    r"attention_mask has shape \[2, 23\]": dict(attention_mask=torch.ones(2, 23).long()),
     "samples are packed into a row, which no cache": dict(position_ids=POSITIONS, use_cache=True),
 }
 
@@ -106,6 +109,9 @@ def test_positions_of_one_sample_change_nothing(operators):
         expected = model(TOKENS).logits
         for position in (torch.arange(23)[None], torch.arange(3, 26)[None]):
             assert torch.equal(model(TOKENS, position_ids=position).logits, expected)
+        whole = torch.tensor([0, 23], dtype=torch.int32)
+        for marks in (dict(cu_seq_lens_q=whole), dict(seq_idx=torch.zeros_like(TOKENS))):
+            assert torch.equal(model(TOKENS, use_cache=True, **marks).logits, expected)
         rows = torch.cat([TOKENS, TOKENS])
         mask = torch.tensor([[1] * 23, [0] * 4 + [1] * 19])
         plain = model(rows, attention_mask=mask).logits
