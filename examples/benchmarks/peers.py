@@ -108,9 +108,9 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _timestep_norm(shape: Shape, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
     scalars = x.float().unflatten(-1, (shape.groups, -1))
-    steps = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
-    mean = (scalars.mean(-1).cumsum(1) / steps)[..., None]
-    var = (scalars.square().mean(-1).cumsum(1) / steps)[..., None] - mean.square()
+    steps = torch.arange(1, len(x) + 1, device=x.device)[:, None, None]
+    mean = (scalars.mean(-1).cumsum(0) / steps)[..., None]
+    var = (scalars.square().mean(-1).cumsum(0) / steps)[..., None] - mean.square()
     normed = ((scalars - mean) * torch.rsqrt(var + EPS)).flatten(-2)
     return ((normed * (weight + 1) + bias).to(x.dtype),)
 
