@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 class Segment(NamedTuple):
@@ -102,7 +103,7 @@ class Segments:
         taken.segments = tuple(self.segments[i] for i in indices)
         return taken
 
-    @property
+    @cached_property
     def whole_rows(self) -> bool:
         """Whether each row is one segment, all of them at the same position of their documents."""
         if len(self.segments) != self.batch:
@@ -112,7 +113,7 @@ class Segments:
             segment == (row, 0, self.length, position) for row, segment in enumerate(self.segments)
         )
 
-    @property
+    @cached_property
     def continued(self) -> bool:
         """Whether a segment's document started before it."""
         return any(segment.position for segment in self.segments)
@@ -125,25 +126,46 @@ class Segments:
                 self._kept[key] = make()
         return self._kept[key]
 
+    def table(self, device: torch.device = CPU) -> Tensor:
+        """Row, start, length and position of all segments, int64 [S, 4]."""
+        return self.kept(
+            ("table", device),
+            lambda: (
+                torch.tensor(self.segments, dtype=torch.int64)
+                .view(-1, len(Segment._fields))
+                .to(device, non_blocking=True)
+            ),
+        )
+
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """A field of all segments, int64 [S]."""
-        return self.kept(
-            (name, device),
-            lambda: torch.tensor(
-                [getattr(segment, name) for segment in self.segments], dtype=torch.int64
-            ).to(device, non_blocking=True),
-        )
+        return self.table(device)[:, Segment._fields.index(name)]
+
+    def owners(self, device: torch.device) -> Tensor:
+        """Which segment each step belongs to, int64 [length, batch]; -1 for none."""
+
+        def make() -> Tensor:
+            # Runs of steps, row after row: what no segment has before each one, and its own.
+            owners, counts, end = [], [], 0
+            for segment, number in sorted(zip(self.segments, range(len(self)), strict=True)):
+                first = segment.row * self.length + segment.start
+                owners += [-1, number]
+                counts += [first - end, segment.length]
+                end = first + segment.length
+            owners.append(-1)
+            counts.append(self.batch * self.length - end)
+            steps = torch.tensor(owners).repeat_interleave(torch.tensor(counts))
+            return steps.view(self.batch, self.length).mT.contiguous().to(device)
+
+        return self.kept(("owners", device), make)
 
     def positions(self, device: torch.device) -> Tensor:
         """Every step's position in its document, int64 [length, batch]."""
 
         def make() -> Tensor:
-            # Sorted by row, so that what belongs to the rows' steps stands one after another.
-            lengths = self.tensor("length", device)
             offset = self.tensor("position", device) - self.tensor("start", device)
-            offset = offset.repeat_interleave(lengths, output_size=self.length * self.batch)
-            steps = torch.arange(self.length, device=device)
-            return (offset.view(self.batch, self.length) + steps).mT.contiguous()
+            steps = torch.arange(self.length, device=device)[:, None]
+            return offset[self.owners(device)] + steps
 
         return self.kept(("positions", device), make)
 

@@ -7,7 +7,7 @@ from ..dispatch import use_triton
 from ..segments import Segments, checked_segments
 from ..types import compute_dtype
 from .coefficients import coefficients, powers
-from .portable import cema_portable, cema_summary_portable
+from .portable import cema_portable
 
 __all__ = ["cema", "cema_summary", "coefficients", "powers"]
 
@@ -57,10 +57,22 @@ def cema(
     segments = checked_segments(x, segments)
     _check(x, alpha, delta, theta, gamma, omega, segments, state)
     if x.numel() and use_triton(x):
-        from .triton import cema_triton
-
-        return cema_triton(x, alpha, delta, theta, gamma, omega, segments, state, return_state)
-    return cema_portable(x, alpha, delta, theta, gamma, omega, segments, state, return_state)
+        from .triton import cema_triton as run
+    else:
+        run = cema_portable
+    with torch.autocast(x.device.type, enabled=False):
+        y = run(x, alpha, delta, theta, gamma, omega, segments, state)
+        if not return_state:
+            return y, None
+        after = cema_summary(x, alpha, delta, theta, segments)
+        if state is None or not segments.continued:
+            return y, after
+        # What the segment adds to zero, and what is left of the state before it.
+        _, log_magnitude, turns = coefficients(alpha, delta, theta)
+        lengths = segments.tensor("length", x.device)
+        left = powers(log_magnitude, turns, lengths, after.dtype.to_real()).transpose(0, 1)
+        continued = segments.tensor("position", x.device)[:, None, None] > 0
+        return y, after + left * torch.where(continued, state, 0)
 
 
 def cema_summary(
@@ -87,10 +99,12 @@ def cema_summary(
     if not len(segments):
         return x.new_zeros(0, *alpha.shape[:2], dtype=compute_dtype(x).to_complex())
     if x.numel() and use_triton(x):
-        from .triton import cema_summary_triton
-
-        return cema_summary_triton(x, alpha, delta, theta, segments)
-    return cema_summary_portable(x, alpha, delta, theta, segments)
+        from .triton import Summary
+    else:
+        from .scan import Summary
+    with torch.autocast(x.device.type, enabled=False):
+        p, log_magnitude, turns = coefficients(alpha, delta, theta)
+        return p.to(compute_dtype(x)) * Summary.apply(x, log_magnitude, turns, segments)
 
 
 def _check(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..segments import Segments
+from ..segments import Segments, numbered
 
 # Elements of x that a CPU rearranges at a time, to find them in its cache.
 CPU_ELEMENTS = 1 << 18
@@ -55,16 +55,12 @@ def _windows(
     segments: Segments, block: int, channels: int, device: torch.device, to_end: bool
 ) -> Iterator[Window]:
     side_by_side = segments.whole_rows
-    first = segments.segments[:1] if side_by_side else segments.segments
     most = CPU_ELEMENTS if device.type == "cpu" else 1 << 26
     most = max(1, most // (channels * block * (segments.batch if side_by_side else 1)))
-    length, start, row, position = (
-        torch.tensor([getattr(segment, name) for segment in first])
-        for name in ("length", "start", "row", "position")
-    )
+    table = segments.table()[:1] if side_by_side else segments.table()
+    row, start, length, position = table.unbind(1)
     stop, counts = start + length, -(-length // block)
-    segment = torch.arange(len(length)).repeat_interleave(counts)
-    number = torch.arange(len(segment)) - (counts.cumsum(0) - counts)[segment]
+    segment, number = numbered(torch.arange(len(length))[:, None], 0, counts).unbind(1)
     last = number == counts[segment] - 1
     begin = start[segment] + number * block
     if to_end:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..launch import exact_float32, kernel, on_device_of, side_by_side
-from ..segments import Segments
+from ..segments import Segments, numbered
 from .block_triton import (
     block_map,
     block_map_gradient,
@@ -50,7 +50,6 @@ from .block_triton import (
     transposed,
 )
 from .coefficients import coefficients, powers
-from .portable import after_segments
 
 # Steps in a block.
 BLOCK = 16
@@ -72,29 +71,14 @@ def cema_triton(
     gamma: Tensor,
     omega: Tensor,
     segments: Segments,
-    state: Tensor | None = None,
-    return_state: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Same arguments and results as `cema`, unchecked."""
-    with torch.autocast(x.device.type, enabled=False):
-        given = (x, *coefficients(alpha, delta, theta), gamma, omega, state)
-        differentiable = torch.is_grad_enabled() and any(
-            z is not None and z.requires_grad for z in given
-        )
-        y = _Cema.apply(*given, segments, differentiable)
-        if not return_state:
-            return y, None
-        after = cema_summary_triton(x, alpha, delta, theta, segments)
-        return y, after_segments(after, alpha, delta, theta, segments, state)
-
-
-def cema_summary_triton(
-    x: Tensor, alpha: Tensor, delta: Tensor, theta: Tensor, segments: Segments
+    state: Tensor | None,
 ) -> Tensor:
-    """Same arguments and results as `cema_summary`, unchecked."""
-    with torch.autocast(x.device.type, enabled=False):
-        p, log_magnitude, turns = coefficients(alpha, delta, theta)
-        return p.float() * _Summary.apply(x, log_magnitude, turns, segments)
+    """y of `cema`, from the same arguments, unchecked."""
+    given = (x, *coefficients(alpha, delta, theta), gamma, omega, state)
+    differentiable = torch.is_grad_enabled() and any(
+        z is not None and z.requires_grad for z in given
+    )
+    return _Cema.apply(*given, segments, differentiable)
 
 
 class Cut(NamedTuple):
@@ -126,10 +110,9 @@ class Cut(NamedTuple):
     def _made(
         cls, segments: Segments, steps: int, programs: int, to_end: bool, device: torch.device
     ) -> "Cut":
-        row, start, length, position = torch.tensor(segments.segments).unbind(1)
+        row, start, length, position = segments.table().unbind(1)
         counts = -(-length // steps)
-        segment = torch.arange(len(length)).repeat_interleave(counts)
-        number = torch.arange(len(segment)) - (counts.cumsum(0) - counts)[segment]
+        segment, number = numbered(torch.arange(len(length))[:, None], 0, counts).unbind(1)
         first = start + length - counts * steps if to_end else start
         before = (number > 0).cumsum(0) - 1
         fresh = torch.where(position > 0, -2 - torch.arange(len(length)), -1)
@@ -266,7 +249,7 @@ class _Cema(torch.autograd.Function):
         return grad_x, *grads, grad_gamma, grad_omega, grad_state, None, None
 
 
-class _Summary(torch.autograd.Function):
+class Summary(torch.autograd.Function):
     """`scan.Summary`: sum_t q^e x_t of each segment, and for backward sum_t e q^e x_t."""
 
     @staticmethod

@@ -125,13 +125,9 @@ class _Tables(NamedTuple):
         row, start, length, position = (
             segments.tensor(name, device) for name in ("row", "start", "length", "position")
         )
-        owner, count = torch.arange(len(segments), device=device), segments.positions(device) + 1
+        owner, count = segments.owners(device), segments.positions(device) + 1
         if segments.whole_rows:
-            owner, count = owner[None], count[:, :1]
-        else:
-            size = segments.length * segments.batch
-            owner = owner.repeat_interleave(length, output_size=size)
-            owner = owner.view(segments.batch, segments.length).mT.contiguous()
+            owner, count = owner[:1], count[:, :1]
         last, end = start + length - 1, segments.length - 1
         pieces = _pieces(segments)
         back = [(slice(end + 1 - s.stop, end + 1 - s.start), rows) for s, rows in pieces]

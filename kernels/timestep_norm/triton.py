@@ -215,7 +215,7 @@ def _scan(
     longest = segments.kept("longest", lambda: max(segment.length for segment in segments))
     steps = SCAN if longest > SCAN // 8 else SCAN // 8
     function[len(segments) * groups,](
-        *(_places(segments, mean.device), mean, *arguments, mean.shape[2]),
+        *(segments.table(mean.device), mean, *arguments, mean.shape[2]),
         **constants,
         G=groups,
         BLOCK=steps,
@@ -228,25 +228,11 @@ def _beside(z: Tensor | None) -> Tensor | None:
     return None if z is None else z.contiguous()
 
 
-def _places(segments: Segments, device: torch.device) -> Tensor:
-    """Row, start, length and position of each segment; int64 [S, 4]."""
-    names = ("row", "start", "length", "position")
-    return segments.kept(
-        ("timestep norm places", device),
-        lambda: torch.stack([segments.tensor(name, device) for name in names], 1),
-    )
-
-
 def _owners(segments: Segments, device: torch.device) -> Tensor:
     """Which segment each step belongs to, -1 for none; int32 [batch, length]."""
-
-    def make() -> Tensor:
-        owners = torch.full((segments.batch, segments.length), -1, dtype=torch.int32)
-        for number, segment in enumerate(segments):
-            owners[segment.row, segment.steps] = number
-        return owners.to(device)
-
-    return segments.kept(("timestep norm owners", device), make)
+    return segments.kept(
+        ("timestep norm owners", device), lambda: segments.owners(device).mT.int().contiguous()
+    )
 
 
 def _tiles(segments: Segments, steps: int, device: torch.device) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,12 +32,16 @@ def with_chunk_prefixes(
         key and value, to be used further, so that all ranks take part in the backward exchange; and
         the state for `chunked_attention`, None where no rank needs any.
     """
-    plan = _plan(shards.layout, shards.rank, chunk_size)
+    kept = shards.segments.kept
+    plan = kept(("chunk plan", chunk_size), lambda: _Plan(shards.layout, shards.rank, chunk_size))
     if not plan.anything:
         return key, value, None
     width = key.shape[-1]
     rows, received = _Exchange.apply(torch.cat([key, value], dim=-1), plan, shards.group)
-    order = torch.tensor(plan.order, device=rows.device, dtype=torch.int64)
+    order = kept(
+        ("chunk plan's order", chunk_size, rows.device),
+        lambda: torch.tensor(plan.order, dtype=torch.int64).to(rows.device),
+    )
     before = received.index_select(0, order).transpose(0, 1).flatten(0, 1)
     state = AttentionState(before[..., :width], before[..., width:])
     return rows[..., :width], rows[..., width:], state
@@ -75,9 +78,6 @@ class _Plan:
             self.receive_counts.append(len(arriving) - before)
         # By own span, and by position before it.
         self.order = sorted(range(len(arriving)), key=arriving.__getitem__)
-
-
-_plan = lru_cache(maxsize=64)(_Plan)
 
 
 class _Exchange(torch.autograd.Function):
