@@ -108,6 +108,26 @@ def _warn_of_unequal_shares(sft: bool, eod_mask_loss: bool, calculate_per_token_
         )
 
 
+def check_prompt_format(args: Namespace, tokenizer: Any) -> None:
+    """Checks that the tokenizer has what --sft writes conversations with.
+
+    Raises:
+        ValueError: it has not; one sentence names the arguments.
+    """
+    found = getattr(getattr(tokenizer, "_tokenizer", None), "_prompt_config", None)
+    chosen = f"--sft-tokenizer-prompt-format is {args.sft_tokenizer_prompt_format}"
+    if found is not None and found.pad_token_id is None:
+        raise ValueError(
+            f"{chosen}, whose padding token the tokenizer of --tokenizer-model does not have; take "
+            "one with it (<unk>; <SPECIAL_233> for nemotron-h-aligned) or another format."
+        )
+    if found is not None and found.custom_chat_template is None:
+        raise ValueError(
+            f"{chosen}, which takes the chat template of the tokenizer of --tokenizer-model, and "
+            "that has none; take a tokenizer with one or another format."
+        )
+
+
 def check_fim_tokens(args: Namespace, tokenizer: Any) -> None:
     """Checks that the tokenizer has a token of its own for each that --fim-data inserts.
 

@@ -89,6 +89,8 @@ def check_run(args: Namespace) -> None:
             f"--padded-vocab-size is {args.padded_vocab_size}, but the tokenizer has {tokens} "
             "tokens; leave it out."
         )
+    if args.sft:
+        packed_data.check_prompt_format(args, get_tokenizer())
     if args.fim_data:
         packed_data.check_fim_tokens(args, get_tokenizer())
     evaluation.prepare(args)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
 from training.packed_samples import (
     conversations,
     document_prefixes,
@@ -153,3 +154,19 @@ def test_fim_trains_on_what_it_rearranges(folder, tmp_path):
     missing = launch(*PRETRAIN, *arguments, "--fim-data", "--fim-pad-token", "<pad>")
     assert missing.returncode
     assert "--fim-pad-token is <pad>, which the tokenizer of --tokenizer-type" in missing.stdout
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "lacking"), [("identity", "padding token"), ("default", "chat template")]
+)
+def test_a_tokenizer_without_what_conversations_are_written_with(folder, prompt_format, lacking):
+    tokenizer = str(write_byte_tokenizer(folder / "unmarked"))
+    done = launch(
+        *(*PRETRAIN, *MODEL, *SCHEDULE, *SHORT, "--sft", "--tokenizer-type", "SFTTokenizer"),
+        *("--train-data-path", conversations(folder / "chats.jsonl")),
+        *("--tokenizer-model", tokenizer, "--sft-tokenizer-prompt-format", prompt_format),
+        "--no-create-attention-mask-in-dataloader",
+    )
+    assert done.returncode
+    assert f"--sft-tokenizer-prompt-format is {prompt_format}, wh" in done.stdout
+    assert lacking in done.stdout
