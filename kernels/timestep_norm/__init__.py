@@ -5,15 +5,14 @@ from torch import Tensor
 
 from ..dispatch import use_triton
 from ..segments import Segments, checked_segments
+from .autograd import Normalize, Path, Statistics
 from .naive import timestep_norm_naive
-from .portable import timestep_norm_portable, timestep_statistics_portable
 from .state import TimestepNormState
 
 __all__ = [
     "TimestepNormState",
     "timestep_norm",
     "timestep_norm_naive",
-    "timestep_norm_portable",
     "timestep_statistics",
 ]
 
@@ -56,11 +55,9 @@ def timestep_norm(
     """
     segments = checked_segments(x, segments)
     _check(x, weight, bias, num_groups, segments, state)
-    if x.numel() and use_triton(x):
-        from .triton import timestep_norm_triton
-
-        return timestep_norm_triton(x, weight, bias, num_groups, eps, segments, state, return_state)
-    return timestep_norm_portable(x, weight, bias, num_groups, eps, segments, state, return_state)
+    before = state or (None, None)
+    y, *after = Normalize.apply(_path(x), x, weight, bias, *before, num_groups, eps, segments)
+    return y, TimestepNormState(*after) if return_state else None
 
 
 def timestep_statistics(
@@ -88,11 +85,15 @@ def timestep_statistics(
     if not len(segments):
         nothing = x.new_zeros(0, num_groups, dtype=torch.float64)
         return nothing, nothing
-    if x.numel() and use_triton(x):
-        from .triton import timestep_statistics_triton
+    return Statistics.apply(_path(x), x, num_groups, segments)
 
-        return timestep_statistics_triton(x, num_groups, segments)
-    return timestep_statistics_portable(x, num_groups, segments)
+
+def _path(x: Tensor) -> Path:
+    if x.numel() and use_triton(x):
+        from .triton import PATH
+    else:
+        from .portable import PATH
+    return PATH
 
 
 def _check(

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..segments import Segments
-from .state import TimestepNormState
 
 
 class Path(NamedTuple):
@@ -26,29 +25,9 @@ class Path(NamedTuple):
     """slope (x - mean) + constant, all three [S, G], of each segment's steps; 0 of others."""
 
 
-def normalize(
-    path: Path,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    segments: Segments,
-    state: TimestepNormState | None,
-    return_state: bool,
-) -> tuple[Tensor, TimestepNormState | None]:
-    """`timestep_norm` by a path."""
-    before = state or (None, None)
-    y, *after = _TimestepNorm.apply(path, x, weight, bias, *before, num_groups, eps, segments)
-    return y, TimestepNormState(*after) if return_state else None
+class Normalize(torch.autograd.Function):
+    """A path, and arguments as its `forward` takes them, to y and mean and var after segments."""
 
-
-def statistics(path: Path, x: Tensor, num_groups: int, segments: Segments) -> tuple[Tensor, Tensor]:
-    """`timestep_statistics` by a path."""
-    return _TimestepStatistics.apply(path, x, num_groups, segments)
-
-
-class _TimestepNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -84,7 +63,9 @@ class _TimestepNorm(torch.autograd.Function):
         return None, grad_x, grad_weight, grad_bias, *before, None, None, None
 
 
-class _TimestepStatistics(torch.autograd.Function):
+class Statistics(torch.autograd.Function):
+    """A path, and arguments as its `statistics` takes them, to mean and var of segments."""
+
     @staticmethod
     def forward(
         ctx: Any, path: Path, x: Tensor, groups: int, segments: Segments

@@ -14,32 +14,10 @@ from torch import Tensor
 from ..plain import compiled
 from ..segments import Segments
 from ..types import compute_dtype
-from .autograd import Path, normalize, statistics
-from .state import TimestepNormState
+from .autograd import Path
 
 # Steps that torch sums up at once, column by column: so few that they stay in a cache.
 STEPS = 64
-
-
-def timestep_norm_portable(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    segments: Segments,
-    state: TimestepNormState | None = None,
-    return_state: bool = False,
-) -> tuple[Tensor, TimestepNormState | None]:
-    """Same arguments and results as `timestep_norm`; nothing is checked here."""
-    return normalize(_PATH, x, weight, bias, num_groups, eps, segments, state, return_state)
-
-
-def timestep_statistics_portable(
-    x: Tensor, num_groups: int, segments: Segments
-) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `timestep_statistics`; nothing is checked here."""
-    return statistics(_PATH, x, num_groups, segments)
 
 
 def _forward(
@@ -302,4 +280,4 @@ def _line(x: Tensor, mean: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
     return (centred * slope.to(dtype)[..., None] + constant).flatten(2).to(x.dtype)
 
 
-_PATH = Path(_forward, _backward, _statistics, _spread)
+PATH = Path(_forward, _backward, _statistics, _spread)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..launch import kernel, on_device_of, side_by_side
 from ..segments import Segments
-from .autograd import Path, normalize, statistics
-from .state import TimestepNormState
+from .autograd import Path
 
 # Scalars in a tile: enough bytes in flight, few enough to stay in registers.
 TILE = 2048
@@ -30,27 +29,6 @@ STAGES = 3
 PROGRAMS = 2048
 # Steps of a segment that are summed up at a time; an eighth where all segments are so short.
 SCAN = 1024
-
-
-def timestep_norm_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float,
-    segments: Segments,
-    state: TimestepNormState | None = None,
-    return_state: bool = False,
-) -> tuple[Tensor, TimestepNormState | None]:
-    """Same arguments and results as `timestep_norm`, x not empty; nothing is checked here."""
-    return normalize(_PATH, x, weight, bias, num_groups, eps, segments, state, return_state)
-
-
-def timestep_statistics_triton(
-    x: Tensor, num_groups: int, segments: Segments
-) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `timestep_statistics`; nothing is checked here."""
-    return statistics(_PATH, x, num_groups, segments)
 
 
 class Tiling(NamedTuple):
@@ -190,7 +168,7 @@ def _spread(x: Tensor, mean: Tensor, slope: Tensor, constant: Tensor, segments: 
     return grad_x
 
 
-_PATH = Path(_forward, _backward, _statistics, _spread)
+PATH = Path(_forward, _backward, _statistics, _spread)
 
 
 def _moments(x: Tensor, tiling: Tiling, tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
