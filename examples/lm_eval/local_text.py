@@ -38,6 +38,16 @@ def questions(text: str = "", **ignored: object) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(rows)}
 
 
+def prompts(text: str = "", **ignored: object) -> dict[str, Dataset]:
+    """What `megalodon-mcore evaluate retrieval-data --output FILE` wrote."""
+    if not text or not Path(text).is_file():
+        raise FileNotFoundError(
+            f"No file {text!r}; `megalodon-mcore evaluate retrieval-data` makes one."
+        )
+    with open(text, encoding="utf-8") as lines:
+        return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
 def _read(text: str) -> list[str]:
     if not text or not Path(text).is_file():
         raise FileNotFoundError(f"""No file {text!r}; name one: --metadata '{{"text": "FILE"}}'.""")

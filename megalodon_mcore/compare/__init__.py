@@ -1,0 +1,1 @@
+"""Trains Megalodon beside Megatron's own GPT under equal conditions, and says what came out."""

@@ -1,0 +1,31 @@
+"""Keeps two processes from working in the same folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+def lock_folder(folder: Path, option: str) -> int:
+    """Takes a folder for this process.
+
+    Args:
+        folder: it exists.
+        option: whose value it is.
+
+    Returns:
+        A file descriptor that holds it until it is closed, here and in processes that inherit it.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(
+            f"{option} is {folder}, in which another process is at work; wait for it or end it."
+        ) from None
+    return lock
