@@ -1,0 +1,12 @@
+"""What tests of the Hugging Face model have in common."""
+
+import pytest
+
+from megalodon_mcore.hf import modeling_megalodon
+
+
+@pytest.fixture(params=["our operators", "alone"])
+def operators(request, monkeypatch):
+    """With this package's operators, and as the export runs where it is not installed."""
+    if request.param == "alone":
+        monkeypatch.setattr(modeling_megalodon, "kernels", None)
