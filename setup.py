@@ -37,6 +37,8 @@ setup(
         "tqdm",
     ],
     extras_require={
+        # Its models and their interfaces change from version to version.
+        "vllm": ["vllm>=0.32,<0.33"],
         "test": [
             "pytest==9.2.0",
             "pytest-xdist==3.8.0",
@@ -50,10 +52,14 @@ setup(
             # Megatron-FSDP's; transformers' Trainer and device_map.
             "einops==0.8.2",
             "accelerate==1.15.0",
+            "peft==0.21.2",
             "lm-eval==0.4.13",
             # --optimizer muon
             "emerging-optimizers==0.3.0",
         ],
     },
-    entry_points={"console_scripts": ["megalodon-mcore = megalodon_mcore.__main__:main"]},
+    entry_points={
+        "console_scripts": ["megalodon-mcore = megalodon_mcore.__main__:main"],
+        "vllm.general_plugins": ["megalodon = megalodon_mcore.serving:register"],
+    },
 )

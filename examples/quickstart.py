@@ -28,11 +28,29 @@ if TYPE_CHECKING:
 
 SEQUENCE_LENGTH = 512
 BATCH_SIZE = 8
+BLOCKS = ["--num-layers", "4", "--num-attention-heads", "1"]
 MODEL_ARGUMENTS = [
-    *("--num-layers", "4", "--hidden-size", "256", "--num-attention-heads", "1"),
-    *("--ffn-hidden-size", "384", "--swiglu", "--untie-embeddings-and-output-weights"),
+    *(
+        "--hidden-size",
+        "256",
+        "--ffn-hidden-size",
+        "384",
+        "--swiglu",
+        "--untie-embeddings-and-output-weights",
+    ),
     *("--megalodon-chunk-size", "128", "--make-vocab-size-divisible-by", "8"),
 ]
+BESIDE = {
+    "*": [
+        "--position-embedding-type",
+        "rope",
+        "--group-query-attention",
+        "--num-query-groups",
+        "2",
+    ],
+    "E": ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "192"],
+}
+"""Arguments of layers beside the blocks, by their symbols in a pattern."""
 OPTIMIZER_ARGUMENTS = [
     *(
         "--lr",
@@ -61,14 +79,19 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="Results.")
     parser.add_argument("--iterations", type=int, default=240, help="Optimizer steps (240).")
+    parser.add_argument(
+        "--pattern",
+        help="Layers, such as MM*M: M a Megalodon block, * attention, - an MLP, E experts (MMMM).",
+    )
     args = parser.parse_args()
+    layers = layer_arguments(args.pattern)
     args.out.mkdir(parents=True, exist_ok=True)
     check_same_run(args)
 
     prefix = args.out / "data" / "text"
     prepare(args.text, prefix)
     checkpoint = args.out / "checkpoint"
-    train(prefix, checkpoint, args.out, args.iterations)
+    train(prefix, checkpoint, args.out, args.iterations, layers)
 
     from megalodon_mcore.conversion.hf_model import hf_model
     from megalodon_mcore.conversion.mcore_checkpoint import open_mcore
@@ -100,9 +123,31 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
+def layer_arguments(pattern: str | None) -> list[str]:
+    """Training's arguments for what the layers are; stops where no model has such a pattern."""
+    if pattern is None:
+        return BLOCKS
+    from megalodon_mcore.hybrid import check_pattern
+
+    try:
+        check_pattern(pattern, 4 if "E" in pattern else None)
+    except ValueError as error:
+        sys.exit(str(error).replace("--hybrid-layer-pattern", "--pattern"))
+    if "|" in pattern:
+        sys.exit(
+            f"--pattern is {pattern}, but the quickstart trains in one process, without pipeline "
+            f"stages (|); take {pattern.replace('|', '')}."
+        )
+    own = ["--hybrid-layer-pattern", pattern, "--num-attention-heads", "4"]
+    beside = [argument for symbol in BESIDE if symbol in pattern for argument in BESIDE[symbol]]
+    return [*own, "--megalodon-num-heads", "1", *beside]
+
+
 def check_same_run(args: argparse.Namespace) -> None:
     """Refuses to mix two texts or schedules in one folder."""
     settings = {"text": args.text, "iterations": args.iterations}
+    if args.pattern is not None:
+        settings["pattern"] = args.pattern
     path = args.out / "settings.json"
     if path.exists() and (found := json.loads(path.read_text())) != settings:
         sys.exit(f"{args.out} holds a run with {found}; give --out another folder or delete it.")
@@ -121,7 +166,7 @@ def prepare(text: str, prefix: Path) -> None:
     )
 
 
-def train(prefix: Path, checkpoint: Path, out: Path, iterations: int) -> None:
+def train(prefix: Path, checkpoint: Path, out: Path, iterations: int, layers: list[str]) -> None:
     """Trains in Megatron's loop with a progress bar; Megatron's own log goes to train.log."""
     from megalodon_mcore.data.metadata import PreparedData
 
@@ -138,6 +183,7 @@ def train(prefix: Path, checkpoint: Path, out: Path, iterations: int) -> None:
         *("--tensorboard-dir", str(out / "tensorboard"), "--tensorboard-log-interval", "1"),
         "--log-validation-ppl-to-tensorboard",
         *MODEL_ARGUMENTS,
+        *layers,
         *OPTIMIZER_ARGUMENTS,
         *PreparedData.load(prefix).megatron_arguments(),
     ]

@@ -121,8 +121,9 @@ class Segments:
     def kept(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns, made once for each key."""
         if key not in self._kept:
-            # A cached inference tensor would be refused by a later training step.
-            with torch.inference_mode(False), torch.no_grad():
+            # A cached inference tensor would be refused by a later training step; tables are made
+            # on the host, whatever torch's default device is.
+            with torch.inference_mode(False), torch.no_grad(), CPU:
                 self._kept[key] = make()
         return self._kept[key]
 

@@ -20,7 +20,8 @@ RECIPE_COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit status, 2 with one sentence where input was wrong."""
+    """Runs one command; returns its exit status, 2 with one sentence where input was wrong and 130
+    where it was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     # Before anything imports Megatron.
     missing_kernels.ignore_warnings()
@@ -30,6 +31,11 @@ def main(argv: list[str] | None = None) -> int:
 
         pretraining.main(argv[1:])
         return 0
+    if argv and argv[0] == "compare-measure":
+        # Of compare, which starts it for each model.
+        from megalodon_mcore.compare import measure
+
+        return measure.main(argv[1:])
     if argv and argv[0] in RECIPE_COMMANDS:
         return _run_recipe(argv[0], argv[1:])
     parser, commands = _build_parser()
@@ -39,19 +45,32 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"megalodon-mcore {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"megalodon-mcore {args.command}: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _build_parser() -> tuple[ArgumentParser, dict]:
-    from megalodon_mcore import describe, generate
+    from megalodon_mcore import describe, generate, state_command
+    from megalodon_mcore.compare import command as compare
     from megalodon_mcore.conversion import command as convert
+    from megalodon_mcore.conversion import container
     from megalodon_mcore.data import prepare_command
+    from megalodon_mcore.scoring import command as evaluate
 
     parser = ArgumentParser(prog="megalodon-mcore", description=DESCRIPTION)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {
         "prepare-data": (prepare_command, "Turn text or JSONL into Megatron's indexed datasets."),
         "generate": (generate, "Continue a prompt from a checkpoint, printing as it goes."),
+        "state": (state_command, "Read a long text once, and go on from there as often as wanted."),
+        "evaluate": (evaluate, "Score a checkpoint on text, or on finding what a prompt says."),
         "convert": (convert, "Turn a checkpoint into another format, or one from elsewhere."),
+        "container": (
+            container,
+            "Let a checkpoint of GPTModel go on as HybridModel, or the other way round.",
+        ),
+        "compare": (compare, "Train Megalodon beside Megatron's GPT and say what came out."),
         "describe": (describe, "Print a named size: configuration, parameters, bytes."),
     }
     for name, (module, summary) in commands.items():

@@ -27,7 +27,8 @@ AT_LEAST_ONE = frozenset(
     num_virtual_stages_per_pipeline_rank recompute_num_layers save_interval save_retain_interval
     non_persistent_save_interval exit_interval exit_duration_in_mins lr_decay_iters
     lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples train_samples muon_num_ns_steps
-    num_dataset_builder_threads manual_gc_interval
+    num_dataset_builder_threads manual_gc_interval num_experts moe_router_topk moe_ffn_hidden_size
+    moe_shared_expert_intermediate_size mtp_num_layers kv_channels num_query_groups
     """.split()
 ) | {ARGUMENT_PREFIX + name for name in OWN if KINDS[name] == "int"}
 AT_LEAST_ZERO = frozenset(

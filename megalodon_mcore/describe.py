@@ -9,8 +9,9 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 
-from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.config import BLOCKS, FIELDS, MegalodonConfig
 from megalodon_mcore.config_sources import CONFIG_VARIABLE, parse_pairs, settle
+from megalodon_mcore.layer_options import add_layer_arguments, stages_of, with_layers
 from megalodon_mcore.planning.layout import ParallelLayout, add_layout_arguments, layout_from
 from megalodon_mcore.sizes import SIZES
 
@@ -31,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["bf16", "float32"], default="bf16", help="Training precision (bf16)."
     )
+    add_layer_arguments(parser)
     add_layout_arguments(parser)
 
 
@@ -38,14 +40,15 @@ def run(args: Namespace) -> int:
     """Prints the configuration, parameters by module, and bytes: on one rank, or of a layout's.
 
     Raises:
-        ValueError: --set, the environment or the layout has a value that does not fit.
+        ValueError: a value of an option or the environment does not fit.
     """
     size = SIZES[args.preset]
     own = settle(parse_pairs(args.set, "--set"), size=size)
     if args.vocab_size < 1:
         raise ValueError(f"--vocab-size is {args.vocab_size}; it takes a positive integer.")
-    config = dataclasses.replace(size, vocab_size=args.vocab_size, **own)
-    layout = layout_from(args)
+    layout = layout_from(args, stages_of(args.hybrid_layer_pattern))
+    size = dataclasses.replace(size, vocab_size=args.vocab_size, **own)
+    config = with_layers(size, args)
     print(f"Building {args.preset} on the meta device ...", file=sys.stderr, flush=True)
     # Both import Megatron.
     from megalodon_mcore.planning import rank, report
@@ -57,13 +60,15 @@ def run(args: Namespace) -> int:
         # First of all, for what does not fit is then said alone.
         lines = list(report.plan_lines(config, layout)) if layout else []
         with rank.fake_rank(single):
-            model = rank.build_stage(config, single, 0, config.num_layers)
+            model = rank.build_stage(config, single, 0, config.symbols)
 
     print(f"Megalodon {args.preset}\n\nConfiguration")
-    _print_rows(dataclasses.asdict(config))
+    _print_rows(values_of(config))
     parts = parameters_by_module(model)
     print("\nParameters")
     _print_rows(parts | {"total": sum(parts.values())})
+    if config.has("num_experts"):
+        _print_rows({"active for a token": active_parameters(parts, config)})
     if layout:
         print("", *lines, sep="\n")
     else:
@@ -71,18 +76,34 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def values_of(config: MegalodonConfig) -> dict[str, object]:
+    """The values that say something of the model."""
+    values = {name: getattr(config, name) for name in FIELDS if config.has(name)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def parameters_by_module(model: object) -> Counter[str]:
-    """Parameters of a model's modules, layers summed."""
+    """Parameters of a model's modules, layers and a layer's experts summed."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        module, _, _ = re.sub(r"layers\.\d+", "layers", name).rpartition(".")
+        module, _, _ = re.sub(r"(layers|local_experts)\.\d+", r"\1", name).rpartition(".")
         counts[module] += parameter.numel()
     return counts
 
 
+def active_parameters(parts: Counter[str], config: MegalodonConfig) -> int:
+    """Of a model's parameters by module, those that one token meets: its experts and all else."""
+    in_experts = sum(count for name, count in parts.items() if ".local_experts." in name)
+    idle = config.num_experts - config.experts_per_token
+    return sum(parts.values()) - in_experts * idle // config.num_experts
+
+
 def streaming_bytes(config: MegalodonConfig, bf16: bool) -> dict[str, int]:
-    """Bytes of state that generation holds per sequence, at most, whatever the context length."""
-    layers = config.num_layers
+    """Bytes of state that generation holds per sequence, at most, whatever the context length.
+
+    That is of blocks and the final norm; attention's comes on top.
+    """
+    layers = sum(symbol in BLOCKS for symbol in config.symbols)
     return {
         # A count in int64; mean and variance in float32. The final norm has its own.
         "TimestepNorm": (layers + 1) * (8 + 2 * config.norm_num_groups * 4),
@@ -92,6 +113,14 @@ def streaming_bytes(config: MegalodonConfig, bf16: bool) -> dict[str, int]:
         * (config.z_dim + config.value_dim)
         * (2 if bf16 else 4),
     }
+
+
+def growing_bytes(config: MegalodonConfig, bf16: bool) -> int:
+    """Bytes of keys and values that generation adds with every token of the context."""
+    if not config.has("attention_heads"):
+        return 0
+    width = 2 * config.attention_groups * config.attention_head_dim
+    return config.symbols.count("*") * width * (2 if bf16 else 4)
 
 
 def _print_single_rank(model: object, config: MegalodonConfig, layout: ParallelLayout) -> None:
@@ -104,9 +133,12 @@ def _print_single_rank(model: object, config: MegalodonConfig, layout: ParallelL
     streaming = streaming_bytes(config, layout.bf16)
     print("\nBytes of streaming state per sequence, whatever the context length")
     _print_rows(streaming | {"total": sum(streaming.values())})
+    if growing := growing_bytes(config, layout.bf16):
+        print("\nBytes of attention's keys and values, on top")
+        _print_rows({"for every token of the context": growing})
 
 
 def _print_rows(rows: dict[str, object]) -> None:
     for name, value in rows.items():
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        print(f"  {name:<38} {text!s:>20}")
+        print(f"  {name:<38} {text!s:>{max(0, 20 - max(0, len(name) - 38))}}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -12,12 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from megalodon_mcore.config_sources import CONFIG_VARIABLE
+from megalodon_mcore.opened_checkpoint import (
+    add_checkpoint_arguments,
+    open_checkpoint,
+    refuse_other_configuration,
+    require_tokenizer,
+)
 
 if TYPE_CHECKING:
-    from megalodon_mcore.conversion.model import OpenModel
-    from megalodon_mcore.hf import MegalodonForCausalLM
+    from megalodon_mcore.hf import MegalodonCache, MegalodonForCausalLM
 
+CHECKPOINT_HELP = (
+    "Folder that training had as --save, a Hugging Face folder of this package's, or a "
+    "consolidated checkpoint of the released code."
+)
 BYTE_ORDER_MARK = "\ufeff"
 REPLACEMENT = "\ufffd"
 PIECE = 1024
@@ -32,26 +39,20 @@ WINDOW = 16
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="Folder that training had as --save, a Hugging Face folder of this package's, or a "
-        "consolidated checkpoint of the released code.",
-    )
-    parser.add_argument(
-        "--iteration", type=int, help="Which of training's checkpoints; the last one."
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="Folder or file of the tokenizer, if not the checkpoint's own.",
-    )
+    add_checkpoint_arguments(parser, CHECKPOINT_HELP)
+    add_prompt_arguments(parser, "Text to continue.")
+    add_continuation_arguments(parser)
+
+
+def add_prompt_arguments(parser: ArgumentParser, help: str) -> None:
+    """Adds --prompt, of which `help` says what it is, and --prompt-file."""
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help="Text to continue.")
-    prompt.add_argument(
-        "--prompt-file", type=Path, help="File with the text to continue; - for standard input."
-    )
+    prompt.add_argument("--prompt", help=help)
+    prompt.add_argument("--prompt-file", type=Path, help="File with it; - for standard input.")
+
+
+def add_continuation_arguments(parser: ArgumentParser) -> None:
+    """Adds how many tokens are made, and how."""
     parser.add_argument(
         "--tokens", type=int, default=256, help="How many tokens to generate, at most (256)."
     )
@@ -83,87 +84,77 @@ def run(args: Namespace) -> int:
         ValueError: an argument is out of range, or the checkpoint is damaged.
         FileNotFoundError: the checkpoint or the prompt file is missing.
     """
-    from contextlib import redirect_stdout
+    sampling = sampling_from(args)
+    prompt = read_prompt(args)
+    model, tokenizer, prompt_ids = open_for(args, prompt)
+    if not prompt_ids:
+        if tokenizer.eod is None:
+            raise ValueError("The tokenizer has no end token to begin with; give a --prompt.")
+        prompt_ids = [tokenizer.eod]
+    sys.stdout.write(prompt)
+    stream(args, sampling, model, tokenizer, prompt_ids)
+    return 0
 
+
+def sampling_from(args: Namespace) -> Sampling:
+    """The options of a continuation, checked.
+
+    Raises:
+        ValueError: one is out of range.
+    """
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     sampling.check()
     if args.tokens < 1:
         raise ValueError(f"--tokens is {args.tokens}; it takes a positive integer.")
-    if os.environ.get(CONFIG_VARIABLE):
-        raise ValueError(
-            f"{CONFIG_VARIABLE} is {os.environ[CONFIG_VARIABLE]!r}, but a checkpoint has its own "
-            "configuration; unset it."
-        )
-    prompt = read_prompt(args)
+    return sampling
+
+
+def open_for(args: Namespace, prompt: str) -> tuple[MegalodonForCausalLM, Any, list[int]]:
+    """The checkpoint's model, on a GPU where there is one, its tokenizer, and a prompt's tokens.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or the prompt has tokens that it does not know.
+        FileNotFoundError: the checkpoint is missing.
+    """
+    from contextlib import redirect_stdout
+
+    refuse_other_configuration()
     with redirect_stdout(sys.stderr):
         from megalodon_mcore.conversion.hf_model import hf_model
         from megalodon_mcore.conversion.text import TextTokenizer
         from megalodon_mcore.data.end_token import tokenize_prompt
 
         opened = open_checkpoint(args.checkpoint, args.iteration, args.tokenizer)
-        if opened.tokenizer is None:
-            raise ValueError(
-                f"{args.checkpoint} has no tokenizer; give the place of one with --tokenizer."
-            )
-        tokenizer = TextTokenizer(opened.tokenizer)
-        prompt_ids = tokenize_prompt(tokenizer, prompt)
-        _check_prompt(prompt_ids, tokenizer.eod, opened.config.vocab_size)
+        tokenizer = TextTokenizer(require_tokenizer(opened.tokenizer, args.checkpoint))
+        ids = tokenize_prompt(tokenizer, prompt)
+        for token in ids:
+            if not 0 <= token < opened.config.vocab_size:
+                raise ValueError(
+                    f"The prompt has token {token}; the model has {opened.config.vocab_size} of "
+                    "them."
+                )
         model = hf_model(opened, "cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer, ids
+
+
+def stream(
+    args: Namespace,
+    sampling: Sampling,
+    model: MegalodonForCausalLM,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    cache: MegalodonCache | None = None,
+) -> None:
+    """Prints what follows at least one token, and what `cache` remembers, as it is made."""
     text = StreamedText(tokenizer, prompt_ids)
 
     def show(token: int) -> None:
         sys.stdout.write(text.add(token))
         sys.stdout.flush()
 
-    sys.stdout.write(prompt)
     stop = None if args.ignore_end else tokenizer.eod
-    generate_tokens(model, prompt_ids or [tokenizer.eod], args.tokens, show, sampling, stop)
+    generate_tokens(model, prompt_ids, args.tokens, show, sampling, stop, cache)
     sys.stdout.write(text.held + "\n")
-    return 0
-
-
-def open_checkpoint(folder: Path, iteration: int | None, tokenizer: Path | None) -> OpenModel:
-    """Opens a checkpoint, whose format its files tell.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or an argument does not go with it.
-    """
-    from megalodon_mcore.checkpoint_tokenizer import MissingTokenizerError
-    from megalodon_mcore.conversion.command import open_model
-    from megalodon_mcore.conversion.first_line import first_line
-    from megalodon_mcore.conversion.tokenizers import open_tokenizer
-
-    if tokenizer is not None and not (tokenizer.exists() and open_tokenizer(tokenizer)):
-        raise ValueError(
-            f"--tokenizer is {tokenizer}, which holds no tokenizer; it takes a Hugging Face folder "
-            "or a SentencePiece model."
-        )
-    source = "mcore"
-    if (folder / "config.json").is_file():
-        source = "released" if (folder / "consolidate_config.json").is_file() else "hf"
-        if iteration is not None:
-            raise ValueError(
-                f"--iteration is {iteration}, but {folder} is one checkpoint; leave it out."
-            )
-    given = dict(source=source, input=folder, iteration=iteration, tokenizer=tokenizer)
-    try:
-        return open_model(Namespace(**given, vocab_size=None))
-    except MissingTokenizerError as error:
-        raise ValueError(f"{error.reason}; give its place with --tokenizer.") from None
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:  # Bytes that changed can say anything.
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{folder} is damaged ({what}).") from None
-
-
-def _check_prompt(ids: list[int], end: int | None, vocab_size: int) -> None:
-    if not ids and end is None:
-        raise ValueError("The tokenizer has no end token to begin with; give a --prompt.")
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"The prompt has token {token}; the model has {vocab_size} of them.")
 
 
 def read_prompt(args: Namespace) -> str:
@@ -229,8 +220,11 @@ def generate_tokens(
     show: Callable[[int], None],
     sampling: Sampling,
     stop_token: int | None = None,
+    cache: MegalodonCache | None = None,
 ) -> None:
-    """Calls `show` with one token after the other; memory does not grow with their number.
+    """Calls `show` with one token after the other.
+
+    Memory does not grow with their number, but for attention layers' (`*`) keys and values.
 
     Args:
         model: the model.
@@ -239,6 +233,7 @@ def generate_tokens(
         show: is given each.
         sampling: picks them.
         stop_token: ends the sequence and is not shown.
+        cache: what was read before.
     """
     from transformers import GenerationConfig
     from transformers.generation.streamers import BaseStreamer
@@ -262,8 +257,11 @@ def generate_tokens(
 
     torch.manual_seed(sampling.seed)
     tokens = torch.tensor([prompt_ids], device=model.device)
-    compiles = model.device.type == "cuda" and max_tokens >= COMPILED_FROM
-    cache = MegalodonCache(model.config, is_compileable=compiles)
+    if cache is None:
+        compiles = model.device.type == "cuda" and max_tokens >= COMPILED_FROM
+        # Room that a graph's attention layers have for good; elsewhere theirs grows.
+        room = len(prompt_ids) + max_tokens if compiles else None
+        cache = MegalodonCache(model.config, is_compileable=compiles, max_length=room)
     if len(prompt_ids) > 1:
         with torch.no_grad():
             model(tokens[:, :-1], past_key_values=cache, logits_to_keep=1)

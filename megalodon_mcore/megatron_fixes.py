@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +26,15 @@ from megatron.core import utils
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.transformer import multi_token_prediction
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from torch import Tensor
 
-from megalodon_mcore import param_group_schedules
+from megalodon_mcore import expert_optimizers, param_group_schedules
+from megalodon_mcore.config import ARGUMENT_PREFIX, layers_of, layers_of_a_depth
+from megalodon_mcore.global_arguments import megatron_arguments
 from megalodon_mcore.parallel.documents import partitioned_indices
+from megalodon_mcore.whole_file import write_text
 
 
 def apply() -> None:
@@ -45,9 +53,14 @@ def apply() -> None:
     if not _uses(DistributedOptimizer.sharded_param_state_fully_reshardable, "buckets"):
         _leave_padding_out_of_saved_offsets()
     param_group_schedules.load_new_schedules()
+    expert_optimizers.load_other_numbers()
     _cut_documents_on_a_cpu()
+    _count_layers_with_experts()
+    _predict_without_transformer_engine()
     if "megatron.training.datasets.sft_dataset" in sys.modules:
         count_conversations()
+    if "megatron.training.checkpointing" in sys.modules:
+        write_trackers_whole()
 
 
 def _uses(method: Callable, name: str) -> bool:
@@ -253,6 +266,57 @@ def _cut_documents_on_a_cpu() -> None:
     vars(utils)["tex"] = SimpleNamespace(thd_get_partitioned_indices=indices)
 
 
+def _count_layers_with_experts() -> None:
+    """Lets Megatron average experts' losses over a Megalodon's layers that have experts.
+
+    It counts a pattern's E, or what --moe-layer-freq makes of all layers, and all that predict
+    further tokens. By that count it also makes the tensors of pipeline stages without experts,
+    which have to be as long as those of the others: else they wait for each other for good.
+    """
+    report = MoEMetricsTracker.report
+
+    @functools.wraps(report)
+    def report_of_layers(self: MoEMetricsTracker, *args: Any, **kwargs: Any) -> str:
+        arguments = megatron_arguments()
+        if getattr(arguments, f"{ARGUMENT_PREFIX}chunk_size", None) is None:
+            return report(self, *args, **kwargs)
+        found = number_of_layers_with_experts(arguments)
+        if "num_moe_layers" in kwargs:
+            kwargs["num_moe_layers"] = found
+        else:
+            # To which it adds the layers that predict further tokens.
+            kwargs["num_layers"] = arguments.num_layers
+            kwargs["moe_layer_freq"] = [found - (arguments.mtp_num_layers or 0)]
+        return report(self, *args, **kwargs)
+
+    _replace(MoEMetricsTracker, "report", report_of_layers)
+
+
+def number_of_layers_with_experts(arguments: Namespace) -> int:
+    """Of a Megalodon, by Megatron's arguments; those that predict further tokens included."""
+    pattern = arguments.hybrid_layer_pattern
+    layers = layers_of(
+        pattern, arguments.num_layers, arguments.num_experts, arguments.moe_layer_freq
+    )
+    found = sum(symbol in "EX" for symbol in layers)
+    depths = arguments.mtp_num_layers or 0
+    if depths and arguments.mtp_use_repeated_layer:
+        depths = 1
+    return found + depths * sum(symbol in "EX" for symbol in layers_of_a_depth(pattern, layers))
+
+
+def _predict_without_transformer_engine() -> None:
+    """Lets Megatron-LM's main build layers that predict further tokens where there is no engine.
+
+    It asks whether their linear layer is of a class that it then has no more than a stand-in for.
+    """
+    name = "is_inference_column_parallel_linear"
+    try:
+        getattr(multi_token_prediction, name, bool)(None)
+    except TypeError:
+        setattr(multi_token_prediction, name, lambda module: False)
+
+
 def count_conversations() -> None:
     """Lets Megatron evaluate every pack of conversations, with --sft and --full-validation.
 
@@ -270,3 +334,40 @@ def count_conversations() -> None:
         return len(self.indices) if self.num_samples is None else length(self)
 
     _replace(SFTDataset, "__len__", number_of_samples)
+
+
+def write_trackers_whole() -> None:
+    """Lets a run go on that was killed while it noted which of its checkpoints is the newest.
+
+    Megatron empties the file before it writes the number. What imports Megatron's checkpointing
+    later than the spec calls this by itself.
+    """
+    from megatron.core.msc_utils import MultiStorageClientFeature
+    from megatron.training import checkpointing
+
+    storage = checkpointing.maybe_msc
+    if hasattr(storage, "corrects"):
+        return
+
+    class Storage:
+        """Megatron's files, of which those that are written here are written whole."""
+
+        corrects = storage
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(storage, name)
+
+        def open(self, path: str, mode: str = "r") -> Any:
+            """As Megatron's; what `w` makes is there once it is closed."""
+            if mode != "w" or MultiStorageClientFeature.is_enabled():
+                return storage.open(path, mode)
+            return _written_whole(Path(path))
+
+    vars(checkpointing)["maybe_msc"] = Storage()
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[io.StringIO]:
+    text = io.StringIO()
+    yield text
+    write_text(path, text.getvalue())

@@ -156,7 +156,7 @@ REFUSED = {
         gtp_remat_opt_in_modules gtp_remat_reduce_scatter_with_fp32_accumulation gtp_remat_nccl_ub
         gtp_expert_remat_nccl_ub batch_invariant_backend
     """,
-    "blocks have no experts": """
+    "experts, which there are with --num-experts alone, do without it": """
         expert_model_parallel_size expert_tensor_parallel_size
         expert_tensor_parallel_num_weight_shards overlap_moe_expert_parallel_comm
         overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release
@@ -186,7 +186,7 @@ REFUSED = {
         moe_routing_trace_dump_weights moe_use_grouped_tensor moe_dispatch_fwd_dtype
         moe_combine_bwd_dtype
     """,
-    "layers are one kind of block, with no other layer or prediction head beside it": """
+    "layers are blocks and, beside them, what --hybrid-layer-pattern and --mtp-num-layers add": """
         mtp_standalone mtp_num_layers mtp_loss_scaling_factor mtp_use_repeated_layer
         mtp_detach_heads mtp_hybrid_override_pattern multi_latent_attention
         experimental_attention_variant dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
@@ -296,6 +296,31 @@ OTHER_PROGRAMS = """
 """
 """Of inference servers, reinforcement learning, distillation, vision, BERT and T5."""
 
+HONOURED_BESIDE = {
+    "M": "hybrid_layer_pattern is_hybrid_model spec",
+    "*": """
+        group_query_attention num_query_groups kv_channels add_qkv_bias rotary_percent
+        rotary_interleaved muon_split_qkv
+    """,
+    "E": """
+        num_experts expert_model_parallel_size expert_tensor_parallel_size moe_router_topk
+        moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate
+        moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff
+        moe_token_dispatcher_type moe_grouped_gemm moe_router_pre_softmax
+        moe_router_score_function moe_router_topk_scaling_factor moe_router_enable_expert_bias
+        moe_router_bias_update_rate moe_router_dtype moe_router_num_groups moe_router_group_topk
+        moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
+        moe_input_jitter_eps moe_per_layer_logging moe_layer_recompute
+        moe_router_force_load_balancing
+    """,
+    "X": "moe_layer_freq",
+    "/": "mtp_num_layers mtp_loss_scaling_factor mtp_use_repeated_layer mtp_detach_heads",
+}
+"""Arguments that a model with such layers honours and one of Megalodon's blocks alone does not.
+
+By the layer's symbol; M's are for patterns, and those of / for models that predict further tokens.
+"""
+
 NOT_IN_PRETRAIN = {
     "is lost inside Megatron 0.19; take --step-batch-size-schedule": """
         rampup_batch_size
@@ -334,15 +359,22 @@ def refusals() -> dict[str, str]:
         for reason, names in REFUSED.items()
         for name in names.split()
     }
-    found |= {
-        name: ", which training a language model does not take" for name in OTHER_PROGRAMS.split()
-    }
-    return found | _reasons(BOUNDS_IN_MASKS)
+    return found | _of_other_programs() | _reasons(BOUNDS_IN_MASKS)
 
 
 def refusals_of_pretrain() -> dict[str, str]:
     """As refusals, of `megalodon-mcore pretrain`."""
     return refusals() | _reasons(NOT_IN_PRETRAIN)
+
+
+def refusals_beside_megalodon() -> dict[str, str]:
+    """As refusals_of_pretrain, for a --spec of Megatron's own layers, which honour the rest."""
+    return _of_other_programs() | _reasons(NOT_IN_PRETRAIN)
+
+
+def _of_other_programs() -> dict[str, str]:
+    reason = ", which training a language model does not take"
+    return dict.fromkeys(OTHER_PROGRAMS.split(), reason)
 
 
 def _reasons(table: dict[str, str]) -> dict[str, str]:
@@ -397,16 +429,37 @@ def _is_done(name: str, args: Namespace) -> bool:
     return packed and any(name in names.split() for names in BOUNDS_IN_MASKS.values())
 
 
-def check_configuration(config: Any) -> None:
+def honoured_beside(
+    pattern: str | None, num_experts: int | None, depths: int | None
+) -> frozenset[str]:
+    """What is honoured, though Megalodon's blocks do not, in a model of a pattern's layers.
+
+    num_experts: in E layers or, where the pattern has none, in blocks.
+    depths: --mtp-num-layers, which a pattern may say instead.
+    """
+    symbols = set() if pattern is None else {"M", *pattern}
+    if num_experts:
+        symbols |= {"E"} if "E" in symbols else {"E", "X"}
+    if depths:
+        symbols.add("/")
+    return frozenset(name for symbol in symbols for name in HONOURED_BESIDE.get(symbol, "").split())
+
+
+def check_configuration(config: Any, pattern: str | None = None) -> None:
     """Refuses the first field of a TransformerConfig that asks for what would not be honoured.
+
+    pattern: the symbols of a HybridModel's layers.
 
     Raises:
         ValueError: as check_arguments.
     """
     refused = refusals()
+    passed_over = DERIVED_IN_CONFIG | honoured_beside(
+        pattern, config.num_moe_experts, config.mtp_num_layers
+    )
     for field in dataclasses.fields(config):
         name = field.name
-        if name not in refused or name in DERIVED_IN_CONFIG:
+        if name not in refused or name in passed_over:
             continue
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
@@ -415,13 +468,16 @@ def check_configuration(config: Any) -> None:
             raise ValueError(refusal(_option(name), value, refused[name]))
 
 
-def check_megatron_arguments(args: Namespace) -> None:
+def check_megatron_arguments(args: Namespace, pattern: str | None = None) -> None:
     """Checks the arguments that one of Megatron's own programs has parsed and validated.
+
+    pattern: the symbols of a HybridModel's layers.
 
     Raises:
         ValueError: as check_arguments.
     """
-    check_arguments(args, _megatron_parser(), refusals(), DERIVED)
+    passed_over = DERIVED | honoured_beside(pattern, args.num_experts, args.mtp_num_layers)
+    check_arguments(args, _megatron_parser(), refusals(), passed_over)
 
 
 @functools.cache

@@ -8,7 +8,6 @@ group, before --override-opt_param-scheduler or --use-checkpoint-opt_param-sched
 from __future__ import annotations
 
 import functools
-import sys
 from collections import defaultdict
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_ide
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megalodon_mcore.checkpoint_errors import CheckpointError
+from megalodon_mcore.global_arguments import megatron_arguments
 
 SCHEDULE = {"max_lr": "--lr", "min_lr": "--min-lr", "start_wd": "--start-weight-decay"}
 SCHEDULE["end_wd"] = "--end-weight-decay"
@@ -82,7 +82,7 @@ def agree(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
 
 
 def _settle(current: dict[str, Any], saved: dict[str, Any]) -> None:
-    arguments = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    arguments = megatron_arguments()
     takes_saved = getattr(arguments, "use_checkpoint_opt_param_scheduler", False)
     takes_current = getattr(arguments, "override_opt_param_scheduler", False)
     for name, argument in SCHEDULE.items():

@@ -8,9 +8,19 @@ from typing import Any
 from megalodon_mcore import checkpoint_errors, checkpoint_tokenizer, missing_kernels, packed_data
 from megalodon_mcore.argument_values import check_values, in_one_sentence
 from megalodon_mcore.config import ARGUMENT_PREFIX, FIELDS, KINDS, OWN
-from megalodon_mcore.options import check_arguments, refusals_of_pretrain
+from megalodon_mcore.options import (
+    check_arguments,
+    honoured_beside,
+    refusals_beside_megalodon,
+    refusals_of_pretrain,
+)
 from megalodon_mcore.parallel.sequence_layout import SEQUENCE_ORDERS
 from megalodon_mcore.sizes import SIZES, megatron_arguments
+
+MEGATRONS = "megatron."
+"""What the module of a --spec of Megatron's own layers begins with."""
+LOST = ("moe_shared_expert_gate",)
+"""Arguments of the model that Megatron's --use-checkpoint-args does not bring back."""
 
 
 def parse_arguments(
@@ -42,6 +52,8 @@ def parse_arguments(
         if isinstance(loaded, tuple):
             for name in from_checkpoint:
                 setattr(args, name, getattr(loaded[1], name, None))
+            for name in LOST:
+                setattr(args, name, getattr(loaded[1], name, getattr(args, name)))
             checkpoint_tokenizer.settle_arguments(args, named, tokenizer_option)
     if args.spec is not None and len(args.spec) == 1:
         args.spec = [args.spec[0], "spec"]
@@ -58,11 +70,37 @@ def _prepare_parser(parser: ArgumentParser) -> ArgumentParser:
     add_megalodon_arguments(parser)
     try:
         args = parser.parse_known_args()[0]
-        check_arguments(args, parser, refusals_of_pretrain())
         check_values(args, parser)
+        if args.hybrid_layer_pattern is not None:
+            from megalodon_mcore.hybrid import check_pattern
+
+            check_pattern(args.hybrid_layer_pattern, args.num_experts, args.mtp_num_layers)
+        honoured = honoured_beside(args.hybrid_layer_pattern, args.num_experts, args.mtp_num_layers)
+        own_layers = args.spec[0].startswith(MEGATRONS)
+        refused = refusals_beside_megalodon() if own_layers else refusals_of_pretrain()
+        check_arguments(args, parser, refused, honoured)
+        if own_layers:
+            _check_megatrons_layers(args)
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     return parser
+
+
+def _check_megatrons_layers(args: Namespace) -> None:
+    """Refuses what says something of Megalodon's layers alone, beside a --spec of Megatron's."""
+    for name in ("size", "emulated_fp8", "emulated_fp8_layers", *OWN):
+        value = getattr(args, ARGUMENT_PREFIX + name)
+        if value is not None:
+            raise ValueError(
+                f"--megalodon-{name.replace('_', '-')} is {value}, but --spec {args.spec[0]} has "
+                "no Megalodon layers; leave one of them out."
+            )
+    order = args.megalodon_sequence_order
+    if args.context_parallel_size > 1 and order != "zigzag":
+        raise ValueError(
+            f"--megalodon-sequence-order is {order}, but with --context-parallel-size Megatron's "
+            "own layers expect what its scripts do; take zigzag."
+        )
 
 
 def can_save_fully_reshardable(args: Namespace) -> bool:
@@ -97,19 +135,21 @@ def check_run(args: Namespace) -> None:
 
 
 def model_config_from_arguments(args: Namespace) -> Any:
-    """Megatron's GPTModelConfig, also where tensor-parallel ranks share a head.
+    """Megatron's configuration of a model, also where tensor-parallel ranks share a head.
 
-    Its constructor refuses that, while none of the layers built here goes by its number of heads;
-    what does not fit Megalodon is found by `check_model`.
+    Its constructor refuses that, while no Megalodon block goes by its number of heads; what does
+    not fit Megalodon is found by `check_model`.
     """
-    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
+    pattern = args.hybrid_layer_pattern
+    make = gpt_config_from_args if pattern is None else hybrid_config_from_args
     heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
-    if heads % tp == 0:
-        return gpt_config_from_args(args)
+    if heads % tp == 0 or "*" in (pattern or ""):
+        return make(args)
     args.num_attention_heads = tp
     try:
-        model_config = gpt_config_from_args(args)
+        model_config = make(args)
     finally:
         args.num_attention_heads = heads
     model_config.transformer.num_attention_heads = heads
@@ -126,11 +166,21 @@ def check_model(model_config: Any) -> None:
     from megalodon_mcore.gpu_arguments import count_gpus
     from megalodon_mcore.spec import MegalodonSpec
 
-    spec = model_config.transformer_layer_spec
+    pattern = getattr(model_config, "hybrid_layer_pattern", None)
+    if pattern is None:
+        spec = model_config.transformer_layer_spec
+    else:
+        spec = model_config.hybrid_stack_spec
     if not isinstance(spec, MegalodonSpec):
         return
     try:
-        spec.check(model_config.transformer, model_config.position_embedding_type)
+        spec.check(
+            model_config.transformer,
+            model_config.position_embedding_type,
+            model_config.rotary_base,
+            pattern,
+            model_config.rotary_percent,
+        )
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     implementation = model_config.transformer.transformer_impl

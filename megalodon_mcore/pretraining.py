@@ -6,10 +6,11 @@ it gives Megatron's `pretrain` a batch, a loss and datasets.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,21 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: the arguments are wrong (2) or Megatron exits by itself.
     """
+    missing_kernels.say_on_a_gpu()
+    set_up(argv)
+    run()
+
+
+def set_up(argv: list[str]) -> None:
+    """Makes this process one that Megatron can begin in, with these arguments."""
     from megalodon_mcore import child_processes, cpu
 
-    missing_kernels.say_on_a_gpu()
     child_processes.end_with_parent()
     cpu.install()
     prepare_megatron()
     stand_alone_environment()
     # Megatron reads its arguments from here and nowhere else.
     sys.argv = [sys.argv[0], *argv]
-    run()
 
 
 def prepare_megatron() -> None:
@@ -86,6 +92,8 @@ def run() -> None:
     from megatron.training import pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megalodon_mcore import megatron_fixes
+
     try:
         args = parse_arguments()
         check_run(args)
@@ -94,9 +102,13 @@ def run() -> None:
     except ValueError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
     check_model(model_config)
+    # It may be that the spec was imported first.
+    megatron_fixes.write_trackers_whole()
     keep_tokenizer(args)
     checkpoint_errors.load_in_one_sentence(training, lambda *_, **__: args)
-    if not args.save:
+    if args.save:
+        training.save_checkpoint_and_time = after_tensorboard(training.save_checkpoint_and_time)
+    else:
         training.save_checkpoint_and_time = say_why_training_ends
     datasets_provider.is_distributed = True
     try:
@@ -109,6 +121,32 @@ def run() -> None:
         )
     except checkpoint_errors.CheckpointError as error:
         raise SystemExit(f"megalodon-mcore pretrain: {error}") from None
+    finally:
+        close_tensorboard()
+
+
+def after_tensorboard(save: Callable) -> Callable:
+    """Megatron's saving, once TensorBoard has written all steps of the checkpoint.
+
+    Else a run that is killed would go on after steps of which nothing was ever written.
+    """
+    from megatron.training import get_tensorboard_writer
+
+    @functools.wraps(save)
+    def flush_and_save(*arguments: Any, **options: Any) -> Any:
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.flush()
+        return save(*arguments, **options)
+
+    return flush_and_save
+
+
+def close_tensorboard() -> None:
+    """Writes what TensorBoard was told after the last step, which Megatron leaves to a thread."""
+    from megatron.training import get_tensorboard_writer
+
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.close()
 
 
 def say_why_training_ends(iteration: int, *_: Any, **__: Any) -> None:
@@ -164,6 +202,7 @@ def get_batch(
     Packed rows are put together into one, [1, batch * length], and every stage gets its bounds.
     """
     from megatron.core import mpu
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
     from megatron.core.utils import (
         flatten_batch_for_packed_sequences,
         get_batch_on_this_cp_rank,
@@ -174,7 +213,10 @@ def get_batch(
 
     args = get_args()
     is_packed = packed_data.is_packed(args)
-    is_at_an_end = is_first_or_last_pipeline_stage(vp_stage)
+    predicts = mtp_on_this_rank(
+        args.pipeline_model_parallel_layout, args.mtp_num_layers, False, vp_stage
+    )
+    is_at_an_end = is_first_or_last_pipeline_stage(vp_stage) or predicts
     if not (is_at_an_end or is_packed):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
@@ -197,7 +239,7 @@ def get_batch(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=predicts,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -248,10 +290,14 @@ def packed_sequence_parameters(batch: dict[str, Any], args: Namespace) -> Any | 
     bounds = batch["cu_seqlens"].squeeze(0)
     # By these Megatron counts the operations that --log-throughput reports.
     update_seqlen_stats_from_cu_seqlens(bounds)
+    # What GPTModel makes with --position-embedding-type rope, used or not, is this long.
+    longest = int(batch["max_seqlen"])
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
         tokens_per_sample=args.seq_length,
     )
     if hasattr(packed, "cp_partition_mode"):
@@ -389,9 +435,12 @@ def dataset_kind(args: Namespace) -> tuple[type, type, dict[str, Any]]:
 
 
 def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """The pipeline ranks that hold the embedding: the first and, where it is tied, the last."""
+    """The pipeline ranks that hold the embedding: the first, and the last where it is tied or
+    predicts further tokens."""
     from megatron.training import get_args
 
-    if len(pp_ranks) == 1 or get_args().untie_embeddings_and_output_weights:
+    args = get_args()
+    only_first = args.untie_embeddings_and_output_weights and not args.mtp_num_layers
+    if len(pp_ranks) == 1 or only_first:
         return [pp_ranks[0]]
     return [pp_ranks[0], pp_ranks[-1]]

@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.options import check_configuration
+from megalodon_mcore.parallel.sequence_layout import DOCUMENT_ZIGZAG
 
 RECOMPUTE_MODULES = ("core_attn", "mlp")
+RECOMPUTE_OF_EXPERTS = ("moe", "shared_experts")
 TRANSFORMER_IMPLEMENTATIONS = ("local", "transformer_engine")
 
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 32, "mxfp8": 32}
@@ -21,8 +23,12 @@ it wants multiples of 128; else it says so and gathers in bf16.)
 """
 
 
-def check_supported(config: TransformerConfig, position_embedding_type: str) -> None:
+def check_supported(
+    config: TransformerConfig, position_embedding_type: str, pattern: str | None = None
+) -> None:
     """Checks the options that Megatron would accept and a Megalodon block would ignore.
+
+    pattern: the symbols of the layers of a HybridModel, of which others than M honour more.
 
     Raises:
         ValueError: the first option that does not fit; one sentence names it and what would work.
@@ -32,11 +38,14 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
             f"--position-embedding-type is {position_embedding_type}, which would add positions to "
             "the embedding; Megalodon rotates inside its chunks, so take none."
         )
-    if config.expert_model_parallel_size > 1:
+    with_experts, with_attention = bool(config.num_moe_experts), "*" in (pattern or "")
+    if config.expert_model_parallel_size > 1 and not with_experts:
         raise ValueError(
-            f"--expert-model-parallel-size is {config.expert_model_parallel_size}, but Megalodon "
-            "has no experts; take 1."
+            f"--expert-model-parallel-size is {config.expert_model_parallel_size}, but there are "
+            "no experts; take 1, or --num-experts."
         )
+    if with_experts:
+        _check_experts(config)
     if config.activation_func is not F.silu and (
         config.gated_linear_unit or config.activation_func is not F.gelu
     ):
@@ -48,7 +57,6 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
         )
     # What the table of arguments has under another name.
     for unsupported, argument in (
-        (config.num_moe_experts, "--num-experts"),
         (config.fp8_param, "--fp8-param-gather"),
         (config.fp8_dot_product_attention, "--fp8-dot-product-attention"),
         (config.fp8_multi_head_attention, "--fp8-multi-head-attention"),
@@ -75,19 +83,96 @@ def check_supported(config: TransformerConfig, position_embedding_type: str) -> 
             "--hierarchical-context-parallel-sizes is set, but Megalodon's exchange has one level; "
             "leave it out."
         )
-    if config.num_query_groups not in (None, config.num_attention_heads):
+    if config.num_query_groups not in (None, config.num_attention_heads) and not with_attention:
         raise ValueError(
             f"--num-query-groups is {config.num_query_groups}, but every Megalodon head has keys "
             "of its own; leave out --group-query-attention."
         )
     if config.recompute_granularity == "selective":
-        unknown = [name for name in config.recompute_modules if name not in RECOMPUTE_MODULES]
+        known = RECOMPUTE_MODULES + (RECOMPUTE_OF_EXPERTS if with_experts else ())
+        unknown = [name for name in config.recompute_modules if name not in known]
         if unknown:
             raise ValueError(
                 f"--recompute-modules has {' '.join(unknown)}; Megalodon recomputes "
-                f"{' and '.join(RECOMPUTE_MODULES)}."
+                f"{' and '.join(known)}."
             )
-    check_configuration(config)
+    check_configuration(config, pattern)
+
+
+def check_rotation(
+    config: TransformerConfig, position_embedding_type: str, rotary_percent: float
+) -> None:
+    """Checks how layers of attention turn their heads by positions, or that nothing asks for it.
+
+    Raises:
+        ValueError: one sentence names the value that does not fit and what would work.
+    """
+    if position_embedding_type == "none":
+        for given, option in (
+            (rotary_percent != 1, f"--rotary-percent is {rotary_percent}"),
+            (config.rotary_interleaved, "--rotary-interleaved is set"),
+        ):
+            if given:
+                raise ValueError(
+                    f"{option}, but --position-embedding-type none turns nothing; take rope, or "
+                    "leave it out."
+                )
+        return
+    if not 0 < rotary_percent <= 1:
+        raise ValueError(
+            f"--rotary-percent is {rotary_percent}; it takes more than 0 and 1 at most."
+        )
+    width = config.kv_channels
+    turned = int(width * rotary_percent)
+    if turned < 2 or turned % 2:
+        raise ValueError(
+            f"--kv-channels is {width}, of which RoPE with --rotary-percent {rotary_percent} would "
+            f"turn {turned}; it turns pairs, so take values that make this even."
+        )
+
+
+def check_prediction(
+    config: TransformerConfig, sequence_order: str, packed: bool, tied: bool
+) -> None:
+    """Checks what Megatron's layers that predict further tokens would get wrong.
+
+    It shifts tokens over context-parallel ranks as if they were cut in zigzag, and has no place in
+    a checkpoint for a tied output on a stage without the model's start.
+
+    Raises:
+        ValueError: one sentence names the value and what would work.
+    """
+    depths, stages = config.mtp_num_layers, config.pipeline_model_parallel_size
+    if depths < 1:
+        raise ValueError(f"--mtp-num-layers is {depths}; it takes 1 or more.")
+    if tied and stages > 1:
+        raise ValueError(
+            f"--mtp-num-layers is {depths} and --pipeline-model-parallel-size {stages}, with tied "
+            "embeddings, which Megatron cannot save so; add --untie-embeddings-and-output-weights."
+        )
+    if config.context_parallel_size == 1:
+        return
+    if sequence_order == "contiguous" or (packed and sequence_order != DOCUMENT_ZIGZAG):
+        remedy = "" if packed else ", or --megalodon-sequence-order zigzag"
+        raise ValueError(
+            f"--mtp-num-layers is {depths}, whose targets Megatron looks for as if ranks had "
+            f"{'documents' if packed else 'rows'} in zigzag, but they are cut {sequence_order}; "
+            f"take --context-parallel-size 1{remedy}."
+        )
+
+
+def _check_experts(config: TransformerConfig) -> None:
+    """Checks what Megatron's experts would ignore or refuse at the first step."""
+    if config.moe_grouped_gemm and config.transformer_impl != "transformer_engine":
+        raise ValueError(
+            "--moe-grouped-gemm is set, but only Transformer Engine has a grouped product; take "
+            "--transformer-impl transformer_engine, or leave it out."
+        )
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {config.tensor_model_parallel_size} and there are "
+            "experts, which Megatron then trains with --sequence-parallel alone; add it."
+        )
 
 
 def check_layout(
@@ -95,8 +180,11 @@ def check_layout(
     megalodon: MegalodonConfig,
     sequence_order: str,
     seq_length: int | None,
+    pattern: str | None = None,
 ) -> None:
     """Checks that the model and its sequences can be cut as the parallel sizes ask.
+
+    pattern: of a HybridModel, where it may name the stages.
 
     Raises:
         ValueError: the first size that does not fit; one sentence names it and what would work.
@@ -108,6 +196,7 @@ def check_layout(
         config.account_for_embedding_in_pipeline_split,
         config.account_for_loss_in_pipeline_split,
         config.pipeline_model_parallel_layout,
+        "|" in (pattern or ""),
     )
     # Stages that differ are Megatron's to check.
     if not any(uneven):
@@ -200,6 +289,24 @@ def check_fp8_sizes(
         (f"value_dim is {megalodon.value_dim}", megalodon.value_dim, tp),
         (f"--ffn-hidden-size is {config.ffn_hidden_size}", config.ffn_hidden_size, tp),
     ]
+    if megalodon.has("attention_heads"):
+        head_dim, groups = megalodon.attention_head_dim, megalodon.attention_groups
+        queries = megalodon.attention_heads * head_dim
+        sizes += [
+            (f"--num-attention-heads x --kv-channels is {queries}", queries, tp),
+            (
+                f"The width of queries, keys and values is {queries + 2 * groups * head_dim}",
+                queries + 2 * groups * head_dim,
+                tp,
+            ),
+        ]
+    if megalodon.has("num_experts"):
+        size, shared = megalodon.expert_ffn_size, megalodon.shared_expert_size or 0
+        of_experts = config.expert_tensor_parallel_size or tp
+        sizes += [
+            (f"--moe-ffn-hidden-size is {size}", size, of_experts),
+            (f"--moe-shared-expert-intermediate-size is {shared}", shared, tp),
+        ]
     if seq_length is not None and micro_batch_size is not None:
         sizes.append(
             (

@@ -2,6 +2,8 @@
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalodon_mcore.config import MegalodonConfig
@@ -84,6 +86,44 @@ def build(
         share_embeddings_and_output_weights=tied,
         position_embedding_type="none",
         rotary_base=rotary_base,
+    )
+    return model, megalodon
+
+
+def build_hybrid(
+    pattern,
+    own=None,
+    positions="none",
+    vocab_size=64,
+    num_heads=2,
+    normalization="RMSNorm",
+    rotary_percent=1.0,
+    **options,
+):
+    """A HybridModel of a pattern's layers, and the MegalodonConfig of its blocks.
+
+    num_heads: of the blocks; `heads` is attention's number.
+    """
+    layers, *predicting = pattern.split("/")
+    config = transformer_config(
+        num_layers=len(layers),
+        mtp_num_layers=len(predicting) or None,
+        swiglu=True,
+        normalization=normalization,
+        **options,
+    )
+    megalodon = megalodon_config(
+        config, vocab_size=vocab_size, **{"num_heads": num_heads} | (own or {})
+    )
+    model = HybridModel(
+        config=config,
+        hybrid_stack_spec=MegalodonSpec(settled=megalodon),
+        vocab_size=vocab_size,
+        max_sequence_length=1024,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type=positions,
+        rotary_percent=rotary_percent,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return model, megalodon
 

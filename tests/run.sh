@@ -10,6 +10,8 @@ ruff format --check .
 ruff check .
 pyrefly check
 if [ $# -eq 0 ]; then
+    # With several processes, a file that cannot be imported is told of at the end alone.
+    collected=$(python -m pytest -m "" --collect-only -qq 2>&1) || { echo "$collected" && exit 1; }
     processes=$(($(nproc) < 4 ? $(nproc) : 4))
     set -- -m "" -n "$processes" --dist loadgroup
 fi

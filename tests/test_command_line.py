@@ -6,10 +6,17 @@ import sys
 import pytest
 
 from building import LISTED
+from megalodon_mcore import describe
 from megalodon_mcore.__main__ import main
 
 
-@pytest.mark.parametrize("command", [[], ["prepare-data"], ["generate"], ["describe"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([], ["prepare-data"], ["generate"], ["evaluate"], ["evaluate", "text"], ["describe"]),
+        ["compare"],
+    ],
+)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
@@ -26,6 +33,15 @@ def test_pretrain_help_has_megatrons_and_our_arguments():
     assert result.returncode == 0
     assert "--megalodon-chunk-size" in result.stdout
     assert "--tensor-model-parallel-size" in result.stdout
+
+
+def test_interrupted_it_says_so_in_a_line(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(describe, "run", interrupt)
+    assert main(["describe", "--preset", "200m"]) == 130
+    assert capsys.readouterr().err == "megalodon-mcore describe: interrupted.\n"
 
 
 @pytest.mark.parametrize("size", LISTED)

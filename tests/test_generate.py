@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf.hf_models import random_model
+from hf.mixed_models import build_mixed
 from megalodon_mcore import generate
 from megalodon_mcore.conversion.text import TextTokenizer
 from megalodon_mcore.conversion.tokenizers import open_tokenizer
@@ -42,6 +43,19 @@ def test_greedy_tokens_equal_whole_passes_across_chunks(model, monkeypatch, piec
             logits = model(torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
     assert generated(model, prompt, 30) == tokens[length:]
+
+
+@pytest.mark.parametrize("piece", [7, 1024])
+def test_greedy_tokens_of_a_mixed_model_equal_whole_passes(monkeypatch, piece):
+    monkeypatch.setattr(generate, "PIECE", piece)
+    mixed, tokens = build_mixed(piece_length=CHUNK), torch.randint(60, (11,)).tolist()
+    made = generated(mixed, tokens, 25)
+    with torch.no_grad():
+        for token in made:
+            logits = mixed(torch.tensor([tokens]), use_cache=False).logits
+            assert int(logits[0, -1].argmax()) == token
+            tokens.append(token)
+    assert len(made) == 25
 
 
 def test_seed_fixes_the_text_and_the_stop_token_ends_it(model, monkeypatch):
@@ -233,6 +247,54 @@ def test_every_format_generates_the_same_text(formats, capfd):
         assert main(["generate", "--checkpoint", str(place), *options, *tokenizer]) == 0
         said.add(capfd.readouterr().out)
     assert len(said) == 1 and said.pop().startswith("né")
+
+
+def test_a_state_goes_on_where_the_text_ended(formats, tmp_path, capfd, monkeypatch):
+    """As if text and question had been one prompt, cut anywhere while it was read."""
+    from megalodon_mcore import state_command
+    from megalodon_mcore.__main__ import main
+
+    monkeypatch.setattr(state_command, "PIECE", 7)
+    text, model = "a long text " * 9, ("--checkpoint", str(formats["mcore"]))
+    sampled = ("--tokens", "20", "--seed", "3", "--ignore-end")
+    assert main(["generate", *model, *sampled, "--prompt", text + "what?"]) == 0
+    whole = capfd.readouterr().out
+    state = ("--state", str(tmp_path / "state"))
+    (tmp_path / "text").write_text(text)
+    saved = ("--prompt-file", str(tmp_path / "text"), "--out", state[1])
+    assert main(["state", "save", *model, *saved]) == 0
+    said = capfd.readouterr().out
+    assert said.startswith(f"{len(text)} tokens read; {state[1]} has ")
+    assert main(["state", "load", *model, *state, *sampled, "--prompt", "what?"]) == 0
+    assert text + capfd.readouterr().out == whole
+    assert main(["state", "load", *model, *state, *sampled, "--prompt", ""]) == 0
+    alone = capfd.readouterr().out
+    assert main(["generate", *model, *sampled, "--prompt", text]) == 0
+    assert text + alone == capfd.readouterr().out
+    assert main(["state", "save", *model, *saved]) == 2
+    assert "which exists; --overwrite replaces a file." in capfd.readouterr().err
+    assert main(["state", "save", *model, *saved, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("save", "--out", "state", "--prompt", "a"), "The text has 1 tokens; a state is of two"),
+        (("save", "--out", "no/state", "--prompt", "ab"), "--out is no/state, but no is no folder"),
+        (("load", "--state", "state", "--prompt", "a"), "state is no file."),
+        (("load", "--state", "text", "--prompt", "a"), "text is damaged: "),
+        (("load", "--state", "state", "--prompt", "a", "--tokens", "0"), "--tokens is 0; it takes"),
+    ],
+)
+def test_wrong_states_are_refused(formats, tmp_path, monkeypatch, capsys, given, sentence):
+    from megalodon_mcore.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("no state")
+    kind, *options = given
+    assert main(["state", kind, "--checkpoint", str(formats["hf"]), *options]) == 2
+    assert f"megalodon-mcore state: {sentence}" in capsys.readouterr().err
+    assert not (tmp_path / "state").exists()
 
 
 def test_what_does_not_go_with_a_format_is_refused(formats, tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from building import LISTED
 from megalodon_mcore.__main__ import main
 from megalodon_mcore.config import MegalodonConfig
-from megalodon_mcore.describe import streaming_bytes
+from megalodon_mcore.describe import growing_bytes, streaming_bytes
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.measure import (
     SentBytes,
@@ -48,6 +48,21 @@ TINY = MegalodonConfig(
 PLAIN = dataclasses.replace(TINY, swiglu=False, rescale_nffn=True)
 ONE_HEAD = dataclasses.replace(TINY, num_heads=1)
 
+MIXED = dataclasses.replace(
+    TINY,
+    num_layers=8,
+    layers="MM*M-ME*",
+    attention_heads=4,
+    attention_groups=2,
+    attention_positions="rope",
+    num_experts=4,
+    shared_expert_size=32,
+)
+
+EXPERTS = dataclasses.replace(
+    TINY, num_layers=3, layers="MXX", num_experts=4, shared_expert_size=32
+)
+
 LAYOUTS = {
     "single rank": (TINY, {"micro_batch_size": 2}),
     "single rank, float32": (PLAIN, {"micro_batch_size": 2, "bf16": False}),
@@ -78,7 +93,7 @@ def test_what_is_not_replicated_adds_up_to_the_model(name, tp, pp):
     for stage in range(pp):
         for tp_rank in range(tp):
             with fake_rank(layout, stage, tp_rank):
-                model = build_stage(size, layout, stage, size.num_layers // pp)
+                model = build_stage(size, layout, stage, "M" * (size.num_layers // pp))
             assert {p.device.type for p in model.parameters()} == {"meta"}
             for path, parameter in model.named_parameters():
                 tied_copy = size.tied and pp > 1 and path.startswith("output_layer")
@@ -95,10 +110,10 @@ def test_ranks_of_a_planned_7b_hold_its_share(million):
     d, n, z, e, f, heads, tp = 4096, 16, 1024, 8192, 8192, 4, 8
     sharded = 4 * n * d + 2 * d + 2 * (d * e + e) + d * (d + e) + 3 * d * f
     layer = sharded // tp + (d + 5) * z // min(tp, heads) + 6 * d
-    assert million.layer.numbers.total() == layer
+    assert million.layers["M"].numbers.total() == layer
     # CEMA, three norms and the rank's query/key affine.
     float32 = (4 * n + 2) * d // tp + 5 * d + 4 * z // heads
-    assert million.layer.numbers[torch.float32] == float32
+    assert million.layers["M"].numbers[torch.float32] == float32
 
 
 def test_adams_state_is_sharded_and_nothing_else():
@@ -124,13 +139,55 @@ def test_a_stage_is_its_layers_and_its_ends(recompute):
     layout = ParallelLayout(1024, pp=3, layers_by_stage=(3, 1, 3), **options)
     plan = measure_plan(size, layout)
     for stage, layers in enumerate(layout.layers_by_stage):
-        whole = measure_stage(size, layout, stage, layers, plan.cp_rank)
-        assert whole.plus(plan.layer, 0) == plan.stages[stage]
+        whole = measure_stage(size, layout, stage, "M" * layers, plan.cp_rank)
+        assert whole.plus(plan.layers["M"], 0) == plan.stages[stage]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_stage_of_mixed_layers_is_its_layers_and_its_ends(recompute):
+    layout = ParallelLayout(
+        512, tp=2, cp=2, dp=2, ep=4, pp=3, layers_by_stage=(4, 1, 3), recompute=recompute
+    )
+    plan = measure_plan(MIXED, layout)
+    assert set(plan.layers) == set("M*-E")
+    for stage, layers in enumerate(("MM*M", "-", "ME*")):
+        # No model is without a block.
+        whole = measure_stage(MIXED, layout, stage, "M" + layers, plan.cp_rank)
+        whole = whole.plus(plan.layers["M"], -1)
+        if recompute == "full":
+            # What else is kept when a layer is run again depends on how many there are.
+            again = plan.stages[stage].again.total()
+            assert whole.again.total() == pytest.approx(again, rel=0.1)
+            whole.again = plan.stages[stage].again
+        assert whole == plan.stages[stage]
+
+
+def test_a_stage_of_blocks_with_experts_is_its_layers_and_its_ends():
+    layout = ParallelLayout(512, tp=2, dp=2, ep=2)
+    plan = measure_plan(EXPERTS, layout)
+    assert set(plan.layers) == set("MX")
+    assert measure_stage(EXPERTS, layout, 0, "MXX", plan.cp_rank) == plan.stages[0]
+    # The block's own FFN aside, an X is an M and what an E adds to its norm.
+    parts = {symbol: layer.numbers.total() for symbol, layer in plan.layers.items()}
+    experts = 4 // 2 * 3 * 64 * 96 // 2 + 4 * 64 + 3 * 64 * 32 // 2
+    assert parts["X"] == parts["M"] - 3 * 64 * 96 // 2 + experts
+
+
+def test_a_stage_without_bounds_has_its_part_of_the_layers():
+    plan = measure_plan(MIXED, ParallelLayout(512, pp=2))
+    held = [measured.numbers.total() for measured in plan.stages.values()]
+    layers = {symbol: layer.numbers.total() for symbol, layer in plan.layers.items()}
+    ends = VOCABULARY * TINY.hidden_size
+    norm = 2 * TINY.hidden_size
+    assert held == [
+        3 * layers["M"] + layers["*"] + ends,
+        layers["-"] + layers["M"] + layers["E"] + layers["*"] + ends + norm,
+    ]
 
 
 def test_memory_counts_the_micro_batches_in_flight(million):
     first, last = (memory(million.stages[s], MILLION, s)["activations"] for s in (0, 3))
-    layers = 8 * million.layer.kept.total()
+    layers = 8 * million.layers["M"].kept.total()
     assert 4 * layers < first < 4 * layers * 1.01
     assert layers < last
 
@@ -171,11 +228,11 @@ def test_the_page_says_what_a_further_token_keeps(name):
         b - a for a, b in zip(page_kept(size, short), page_kept(size, long), strict=True)
     )
     # The kernels keep some statistics and states besides, which of so small a model are more.
-    measured = plans[1].layer.kept.total() - plans[0].layer.kept.total()
+    measured = plans[1].layers["M"].kept.total() - plans[0].layers["M"].kept.total()
     assert layer <= measured < 1.1 * layer
     stages = [plan.stages[0].kept.total() for plan in plans]
     assert 2 * measured + ends <= stages[1] - stages[0] < 2 * measured + 1.1 * ends
-    assert 0 <= plans[1].layer.kept.total() - page_kept(size, long)[0] < 2**18
+    assert 0 <= plans[1].layers["M"].kept.total() - page_kept(size, long)[0] < 2**18
 
 
 def test_recomputing_keeps_a_layers_input_and_then_a_layer():
@@ -184,21 +241,48 @@ def test_recomputing_keeps_a_layers_input_and_then_a_layer():
         measure_plan(TINY, dataclasses.replace(layout, recompute=recompute))
         for recompute in ("none", "selective", "full")
     )
-    assert full.layer.kept == {"decoder": 2**13 * 64 * 2}
-    assert full.layer.kept.total() < selective.layer.kept.total() < none.layer.kept.total()
+    assert full.layers["M"].kept == {"decoder": 2**13 * 64 * 2}
+    assert (
+        full.layers["M"].kept.total()
+        < selective.layers["M"].kept.total()
+        < none.layers["M"].kept.total()
+    )
     assert not none.stages[0].again.total()
-    again = none.layer.kept.total() - full.layer.kept.total()
+    again = none.layers["M"].kept.total() - full.layers["M"].kept.total()
     # All but states, which layers share where none is run again.
     assert 0 <= full.stages[0].again.total() - again < 2**12
     # On the last stage the loss's part is gone when the layer comes back.
     assert full.stages[1].again.total() < again
 
 
+def attention_kept(layout):
+    """What a layer of attention keeps in bf16, with RoPE."""
+    t, s, d = layout.seq_length // layout.cp, layout.residual_length, MIXED.hidden_size
+    heads, groups = (z // layout.tp for z in (MIXED.attention_heads, MIXED.attention_groups))
+    width = MIXED.attention_head_dim
+    # Of the norm; sines and cosines for queries and for keys.
+    kept = 4 * s * d + 8 * s + 4 * 2 * t * width
+    # Queries, the kernel's output and its sums.
+    kept += 2 * 2 * t * heads * width + 4 * t * heads
+    if layout.cp == 1:
+        # Keys, and values inside of what the projection gave.
+        return kept + 2 * t * groups * width + 2 * t * (heads + 2 * groups) * width
+    # Beside a mask each head has its own, of all ranks.
+    return kept + 2 * 2 * layout.seq_length * heads * width + 2 * t * layout.seq_length
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_attention_keeps_keys_of_all_ranks_and_no_scores_but_a_mask(cp):
+    layout = ParallelLayout(4096, tp=2, cp=cp)
+    measured = measure_plan(MIXED, layout).layers["*"].kept.total()
+    assert 0 <= measured - attention_kept(layout) < 64
+
+
 def test_tensor_parallelism_leaves_three_inputs_whole():
     """Normalized input, averages and mixed; all else of a layer is cut, nearly in half."""
     one, two = (measure_plan(TINY, ParallelLayout(2**14, tp=tp)) for tp in (1, 2))
     whole = 3 * 2**14 * 64 * 2
-    cut = [plan.layer.kept.total() - whole for plan in (one, two)]
+    cut = [plan.layers["M"].kept.total() - whole for plan in (one, two)]
     assert cut[1] == pytest.approx(cut[0] / 2, rel=0.05)
 
 
@@ -208,7 +292,7 @@ def test_tensor_parallelism_leaves_three_inputs_whole():
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_states_take_the_same_traffic_at_every_length(order):
     short, long = (
-        measure_plan(PAPER_7B, ParallelLayout(length, tp=8, cp=8, order=order)).layer
+        measure_plan(PAPER_7B, ParallelLayout(length, tp=8, cp=8, order=order)).layers["M"]
         for length in (2**17, 2**19)
     )
     segments = 2 if order == "zigzag" else 1
@@ -220,7 +304,7 @@ def test_states_take_the_same_traffic_at_every_length(order):
 
 def test_hidden_states_are_gathered_and_scattered_as_often_as_is_said(million):
     unit = 7 * 32_768 * 4096 * 2 // 8
-    layer, kinds = million.layer, (("all-gather", "TP"), ("reduce-scatter", "TP"))
+    layer, kinds = million.layers["M"], (("all-gather", "TP"), ("reduce-scatter", "TP"))
     assert [layer.forward_calls[kind] for kind in kinds] == [3, 2]
     assert [layer.backward_calls[kind] for kind in kinds] == [3, 3]
     sent = sum(way[kind] for way in (layer.forward, layer.backward) for kind in kinds)
@@ -247,7 +331,7 @@ def test_a_step_sends_what_megatrons_wrapper_sends(distributed_optimizer):
     layout = ParallelLayout(512, tp=2, cp=2, dp=2, distributed_optimizer=distributed_optimizer)
     with fake_rank(layout, cp_rank=1):
         # One of its collectives knows no meta tensors.
-        model = build_stage(TINY, layout, 0, 2, torch.device("cpu")).train()
+        model = build_stage(TINY, layout, 0, "MM", torch.device("cpu")).train()
         numbers = numbers_of(model)
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=True
@@ -271,6 +355,29 @@ def test_a_step_sends_what_megatrons_wrapper_sends(distributed_optimizer):
         assert weights.sent.total() == planned["weights"] + padded
 
 
+def test_experts_are_summed_over_the_ranks_that_share_them():
+    layout = ParallelLayout(512, tp=2, cp=2, dp=2, ep=2)
+    model = dataclasses.replace(MIXED, layers="ME", num_layers=2)
+    measured = measure_plan(model, layout).stages[0]
+    # SwiGLU's three matrices of each expert, in halves.
+    experts = 4 // layout.ep * 3 * 64 * 96 // layout.tp
+    assert measured.experts == {torch.bfloat16: experts}
+    rest = measured.numbers - measured.experts
+    adam = 8 * rest[torch.float32] + 12 * rest[torch.bfloat16]
+    assert memory(measured, layout, 0)["optimizer"] == adam // 4 + 12 * experts // 2
+    once = step_traffic(measured, layout)
+    assert once["gradients"] == 4 * (rest.total() * 3 // 4 + experts // 2)
+
+
+def test_tokens_go_to_experts_and_back():
+    layout = ParallelLayout(512, tp=2, cp=2, dp=2, ep=4)
+    layer = measure_plan(MIXED, layout).layers["E"]
+    # Two experts a token, three quarters of them elsewhere; and a weight of each.
+    routed = 2 * layout.residual_length * 3 // 4
+    for way in (layer.forward, layer.backward):
+        assert way["all-to-all", "EP"] == routed * (2 * 64 + 1) * 2
+
+
 def test_a_tied_embedding_is_summed_over_its_two_stages():
     size = dataclasses.replace(TINY, tied=True)
     plan = measure_plan(size, ParallelLayout(1024, tp=2, pp=2))
@@ -282,23 +389,29 @@ def test_a_tied_embedding_is_summed_over_its_two_stages():
 # Operations
 
 
-def test_products_are_those_that_throughput_counts():
-    """All of its formula but attention and CEMA, whose portable paths compute more."""
-    layout, own = ParallelLayout(256), TINY
+@pytest.mark.parametrize(
+    "model", [TINY, PLAIN, MIXED, EXPERTS], ids=["swiglu", "plain", "mixed", "experts in blocks"]
+)
+def test_products_are_those_that_throughput_counts(model):
+    """All of its formula but chunked attention and CEMA, whose portable paths compute more."""
+    layout = ParallelLayout(256)
     with fake_rank(layout), meta_as_cuda():
-        model = build_stage(TINY, layout, 0, 2).train()
+        built = build_stage(model, layout, 0, model.symbols).train()
         tokens = torch.zeros(1, 256, dtype=torch.int64, device=META)
-        with FlopCounterMode(model, display=False) as counter:
-            model(tokens, tokens, None, labels=tokens)
-    counts = counter.get_flop_counts()
+        with FlopCounterMode(display=False) as counter:
+            built(tokens, tokens, None, labels=tokens)
+    counts = {name: sum(z.values()) for name, z in counter.get_flop_counts().items()}
     products = sum(
-        sum(operations.values())
-        for module, operations in counts.items()
-        if re.search(r"\.(linear_\w+|output_layer)$", module)
+        count
+        for module, count in counts.items()
+        if re.search(r"\.(linear_\w+|output_layer|router)$", module)
     )
-    counted = training_flops_per_token(own, 256)  # fmt: skip
-    attention = 6 * 2 * (own.z_dim + own.value_dim) * 64 / 2
-    ema = 6 * 2 * 6 * 64 * own.cema_ndim
+    # The counter takes no half of what is causal.
+    products += sum(z for name, z in counts.items() if name.endswith("core_attention")) / 2
+    counted = training_flops_per_token(model, 256)
+    blocks = model.symbols.count("M") + model.symbols.count("X")
+    attention = 6 * blocks * (model.z_dim + model.value_dim) * 64 / 2
+    ema = 6 * blocks * 6 * 64 * model.cema_ndim
     assert 3 * products / 256 == counted - attention - ema
 
 
@@ -340,6 +453,79 @@ def test_describe_without_a_layout_prints_one_rank(capsys, monkeypatch):
     size = dataclasses.replace(SIZES["200m"], chunk_size=512, cema_ndim=8)
     assert f"{streaming_bytes(size, True)['keys and values']:,}" in printed
     assert f"{12 * 1024 * (4 * 8 + 2):,}" in printed
+
+
+def test_describe_says_what_a_pattern_has(capsys):
+    command = (
+        "describe --preset 200m --hybrid-layer-pattern MM*M|M*ME --num-attention-heads 8 "
+        "--num-query-groups 2 --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 512"
+    )
+    layout = "--seq-length 4096 --dp 4 --ep 4"
+    assert main([*command.split(), *layout.split()]) == 0
+    printed = capsys.readouterr().out
+    config = dataclasses.replace(
+        SIZES["200m"],
+        **{"num_layers": 8, "layers": "MM*MM*ME", "attention_heads": 8, "attention_groups": 2},
+        **{"num_experts": 8, "experts_per_token": 2, "expert_ffn_size": 512},
+    )
+    options = {"dp": 4, "ep": 4, "pp": 2, "layers_by_stage": (4, 4)}
+    assert "\n".join(plan_lines(config, ParallelLayout(4096, **options))) in printed
+    total, active = (
+        int(re.search(rf"{name} +([\d,]+)", printed)[1].replace(",", ""))
+        for name in ("total", "active for a token")
+    )
+    assert total - active == 6 * 2 * 1024 * 512
+    assert "rotary_percent" in printed and "shared_expert_size" not in printed
+
+    assert main(command.replace("|", "").split()) == 0
+    printed = capsys.readouterr().out
+    assert growing_bytes(config, True) == 2 * 2 * 2 * 128 * 2
+    assert f"for every token of the context {2 * 2 * 2 * 128 * 2:>28,}" in printed
+    own = dataclasses.replace(SIZES["200m"], num_layers=5)
+    assert streaming_bytes(config, True) == streaming_bytes(own, True)
+
+
+def test_describe_prints_no_values_of_layers_that_a_model_lacks(capsys):
+    assert main(["describe", "--preset", "200m"]) == 0
+    printed = capsys.readouterr().out
+    assert not re.search(r"  layers|attention_[hgp]|expert|router|normalization|bias|None", printed)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--hybrid-layer-pattern MGM", "--hybrid-layer-pattern has 'G'; with Megalodon"),
+        ("--hybrid-layer-pattern M|*M", "--seq-length is missing"),
+        ("--hybrid-layer-pattern MM/M", "--hybrid-layer-pattern is MM/M, of which no layers that"),
+        ("--hybrid-layer-pattern M|*M --pp 4", "--pp is 4, but --hybrid-layer-pattern has 2"),
+        ("--hybrid-layer-pattern M|M --layers-by-stage 1 1", "is 1 1, but --hybrid-layer-pattern"),
+        ("--hybrid-layer-pattern ME", "--hybrid-layer-pattern has E, so it needs --num-experts"),
+        ("--num-query-groups 2", "--num-query-groups is 2, which is for attention (*), and the"),
+        ("--add-qkv-bias", "--add-qkv-bias is set, which is for attention (*)"),
+        ("--moe-layer-freq 2", "--moe-layer-freq is 2, which is for --num-experts in blocks"),
+        ("--num-experts 2 --moe-layer-freq 0", "--moe-layer-freq is 0; it takes a positive"),
+        ("--num-experts 2 --moe-layer-freq [1]*3", "has 3 numbers and there are 12 Megalodon"),
+        (
+            "--hybrid-layer-pattern ME --num-experts 2 --moe-router-topk 3",
+            "experts_per_token (--moe-router-topk) is 3",
+        ),
+        ("--ep 2 --seq-length 4096", "--ep is 2, but the model has no experts"),
+        (
+            "--hybrid-layer-pattern ME --num-experts 4 --ep 2 --seq-length 4096",
+            "--ep is 2, which does not divide --dp times --cp, 1; take a divisor",
+        ),
+        (
+            "--hybrid-layer-pattern ME --num-experts 4 --tp 2 --no-sequence-parallel "
+            "--seq-length 4096 --set num_heads=2",
+            "--no-sequence-parallel is set with --tp 2, but Megatron trains experts",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_are_one_sentence(options, sentence, capsys):
+    assert main(["describe", "--preset", "200m", *options.split()]) == 2
+    captured = capsys.readouterr()
+    (line,) = [one for one in captured.err.splitlines() if one.startswith("megalodon-mcore")]
+    assert sentence in line and line.endswith(".") and not captured.out
 
 
 @pytest.mark.parametrize(
@@ -389,7 +575,7 @@ def test_the_page_says_what_describe_measures(cells):
     layout = ParallelLayout(length, tp=tp, pp=pp, cp=cp, dp=dp, recompute=cells[7])
     assert layout.ranks == ranks
     plan = measure_plan(size, layout)
-    layer, stages = plan.layer, plan.stages.items()
+    layer, stages = plan.layers["M"], plan.stages.items()
     sent = {key: layer.forward[key] + layer.backward[key] for key in layer.backward | layer.forward}
     fullest = max(sum(memory(measured, layout, stage).values()) for stage, measured in stages)
     once = max(sum(step_traffic(measured, layout).values()) for _, measured in stages)

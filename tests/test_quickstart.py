@@ -1,6 +1,7 @@
 """The quickstart from the wheel, installed where nothing is but what it says it requires."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import quickstart
 from conversion.fresh_environment import make_environment
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,47 @@ def installed(tmp_path_factory):
 def is_extra(text: str) -> bool:
     marker = Requirement(text).marker
     return marker is not None and "extra" in str(marker)
+
+
+def run_here(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The example with this environment's Python, as fast as four layers go."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), *arguments],
+        cwd=folder,
+        env=os.environ
+        | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("MMQ", "--pattern has 'Q'; with Megalodon it takes M (a block)"),
+        ("**", "which has no Megalodon block (M); take one in"),
+        ("M|M", "--pattern is M|M, but the quickstart trains in one process"),
+    ],
+)
+def test_a_pattern_of_no_model_is_refused_in_a_sentence(pattern, words):
+    with pytest.raises(SystemExit) as refused:
+        quickstart.layer_arguments(pattern)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_quickstart_trains_and_samples_a_pattern(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "examples" / "quickstart.py").read_text() * 2)
+    words = ("--text", str(text), "--out", "out", "--iterations", "1", "--pattern", "M*E")
+    result = run_here(tmp_path, *words)
+    assert result.returncode == 0, result.stderr[-4000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary.keys() >= KEYS and 1.0 < summary["valid_loss"] < 10.0
+    for name in ("plot", "sample"):
+        assert (tmp_path / summary[name]).stat().st_size > 100
+    other = run_here(tmp_path, *words[:-2])
+    assert other.returncode == 1 and "give --out another folder" in other.stderr
 
 
 @pytest.mark.slow

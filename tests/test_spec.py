@@ -162,7 +162,7 @@ def test_ordinary_models_are_untouched_by_the_hook(megatron):
     assert_equal_models(construct(hooked), construct(original))
     assert inspect.signature(hooked) == inspect.signature(original)
     assert not hasattr(original, "__wrapped__")
-    spec._resolve_spec_in_constructor()
+    spec._before_construction(GPTModel, spec._resolve_spec)
     assert GPTModel.__init__ is hooked
 
 

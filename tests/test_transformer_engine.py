@@ -10,8 +10,12 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.moe import moe_utils
+from torch.utils._pytree import tree_leaves
 
-from building import build, randomize, transformer_config
+from building import build, build_hybrid, randomize, transformer_config
+from comparing import error
 from megalodon_mcore import spec
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.rank import fake_rank
@@ -32,8 +36,6 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 def checkpoint_entries(name, impl, tp):
     """What a named size has in a checkpoint, as plain values to compare, by its module's name."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-
     size = SIZES[name]
     config = transformer_config(
         num_layers=size.num_layers,
@@ -128,6 +130,51 @@ def test_modules_are_transformer_engines_and_start_as_local_ones(megatron):
     for key, value in local.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(values[key], value), key
+
+
+ATTENTION = dict(heads=4, num_query_groups=2, positions="rope")
+EXPERTS = dict(num_moe_experts=4, moe_router_topk=2, moe_router_load_balancing_type="none")
+
+
+@pytest.mark.parametrize("pattern", ["M*-E", "M*M"], ids=["experts apart", "experts in blocks"])
+def test_layers_beside_blocks_compute_as_local_ones(megatron, monkeypatch, pattern):
+    import transformer_engine.pytorch as te
+
+    # Megatron's router takes the engine's product where there is one, which wants a GPU.
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None)
+    models = [
+        build_hybrid(pattern, own=dict(chunk_size=16), **ATTENTION, **EXPERTS, **more)[0]
+        for more in ({}, ENGINE)
+    ]
+    local, engine = models
+    randomize(local)
+    engine.load_state_dict(local.state_dict(), strict=False)
+    tokens = torch.randint(64, (2, 37))
+    linears = [name for name, z in engine.named_modules() if isinstance(z, te.Linear)]
+    assert any("self_attention" in z for z in linears) and any("experts" in z for z in linears)
+    with running_on_cpu():
+        logits = [model(tokens, None, None) for model in models]
+    assert error(logits[1], logits[0]) < 1e-5
+    for each in logits:
+        each.sum().backward()
+    for (name, ours), theirs in zip(engine.named_parameters(), local.parameters(), strict=True):
+        assert error(ours.grad, theirs.grad) < 1e-4, name
+
+
+def test_experts_with_a_grouped_product_have_the_checkpoint_of_others(megatron):
+    """Its kernel needs a GPU."""
+    found = []
+    for more in ({}, ENGINE | {"moe_grouped_gemm": True}):
+        model, _ = build_hybrid("ME", own=dict(chunk_size=16), **EXPERTS, **more)
+        entries = model.sharded_state_dict().values()
+        parts = [
+            part
+            for entry in entries
+            for part in (entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
+        ]
+        tensors = [z for z in tree_leaves(parts) if isinstance(z, ShardedTensor)]
+        found.append({(z.key, z.global_shape, z.global_offset) for z in tensors})
+    assert found[0] == found[1] and any("experts" in key for key, *_ in found[0])
 
 
 def test_norms_stay_float32_and_the_engine_takes_them_beside_bf16(megatron):

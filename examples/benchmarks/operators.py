@@ -250,7 +250,7 @@ def attention_flops(shape: Shape, segments: Segments | None = None) -> tuple[flo
 
 def rms_norm_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """What CEMA gives, and the float32 weight."""
-    x = torch.randn(shape.batch, shape.length, shape.channels, device=device, dtype=dtype)
+    x = torch.randn(shape.length, shape.batch, shape.channels, device=device, dtype=dtype)
     return _leaves(x, torch.randn(shape.channels, device=device, dtype=_state_type(dtype)))
 
 
@@ -273,13 +273,13 @@ def run_query_key(
 
 def gate_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """The gate, and what attention gives."""
-    size = (2, shape.batch, shape.length, shape.heads * shape.value_width)
+    size = (2, shape.length, shape.batch, shape.heads * shape.value_width)
     return _leaves(*torch.randn(size, device=device, dtype=dtype))
 
 
 def swiglu_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """What the FFN's first product gives, gate and x side by side."""
-    size = (shape.batch, shape.length, 2 * shape.ffn)
+    size = (shape.length, shape.batch, 2 * shape.ffn)
     return _leaves(torch.randn(size, device=device, dtype=dtype))
 
 

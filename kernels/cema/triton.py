@@ -55,8 +55,8 @@ from .coefficients import coefficients, powers
 BLOCK = 16
 # Bytes of a channel in a tile; longer ones do not fit in registers.
 TILE = 512
-CHANNELS = 8
-WARPS = 8
+CHANNELS = 4
+WARPS = 4
 # Programs that keep a card busy; with fewer, segments are cut, and of many times as many, which
 # each leave sums of gradients behind, short ones are joined.
 PROGRAMS = 128

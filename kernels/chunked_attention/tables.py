@@ -44,8 +44,10 @@ class Buffer(NamedTuple):
 class Group(NamedTuple):
     """Parts whose squares fit in the workspace: tables int64 [programs, fields]."""
 
+    weights: Tensor
+    """Tiles of queries for weights_kernel, the last of a part first."""
     queries: Tensor
-    """Tiles of queries, the last of a part first."""
+    """Tiles of queries for product_kernel, likewise."""
     keys: Tensor
     """Tiles of keys, the first of a part first."""
     pairs: Tensor
@@ -58,8 +60,6 @@ class Tables(NamedTuple):
     """All parts whose keys are in x, or all whose keys are in the buffer."""
 
     buffer: Buffer | None
-    queries: Tensor
-    """Tiles of queries of the forward pass."""
     groups: list[Group]
 
 
@@ -67,7 +67,7 @@ def make_tables(
     segments: Segments,
     chunk_size: int,
     device: torch.device,
-    forward: int,
+    weights: int,
     square: int,
     product: int,
     limit: int,
@@ -81,15 +81,12 @@ def make_tables(
             pairs = _of_queries(group, square)
             pairs = numbered(pairs, 0, pairs[:, PART] + 1)
             keys = numbered(group, 0, _tiles(group[:, 5], product))
-            queries, keys, pairs = (
-                z.to(device) for z in (_of_queries(group, product), keys, pairs)
-            )
-            groups.append(Group(queries, keys, pairs, size))
+            made = _of_queries(group, weights), _of_queries(group, product), keys, pairs
+            groups.append(Group(*(z.to(device) for z in made), size=size))
         if len(chosen):
             if held:
                 held = Buffer(held.size, *(z.to(device) for z in held[1:]))
-            queries = _of_queries(chosen, forward)
-            tables.append(Tables(held, queries.to(device), groups))
+            tables.append(Tables(held, groups))
     return tables
 
 

@@ -1,14 +1,10 @@
-"""Chunked causal attention in Triton: forward flash-style, backward by weights written once.
+"""Chunked causal attention in Triton: weights written once, and plain products with them.
 
 The values are up to 8 times wider than the keys, so an accumulator of whole value rows does not
-fit in registers. The forward pass cuts the values into slices, one program each, and every slice
-takes the scores anew: with slices of S columns that multiplies the tensor cores' work by
-(1 + dk/S) / (1 + dk/dv), which at S = 2 dk is cheaper than any traffic of accumulators through
-memory.
-
-Backward needs the weights and the scores' gradients, whose product over all dv columns is most of
-the work, three times: for q, k and v. A chunk's are computed once and written in the inputs' type,
-and plain products of matrices do the rest. A WORKSPACE holds as many chunks' as fit at a time.
+fit in registers, and slices of them, as a fused kernel takes, would need the scores anew for each.
+So a chunk's weights are computed once and written in the inputs' type, backward the scores'
+gradients too, and products of matrices do the rest: most of the work, since values are wide. A
+WORKSPACE holds as many chunks' as fit at a time.
 
 Scores and sums are float32; the softmax works in powers of 2. Kept for backward: the inputs, the
 output and a float32 per query and head. Every sum has a fixed order; there are no atomics. The
@@ -76,9 +72,12 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels; scores are squares, of which product's rows are a part."""
+    """The tiles of the three kernels; scores are squares, of which product's rows are a part.
 
-    forward: Tile
+    Of product's rows in turn those of weights are a part, and the keys that these take at a time.
+    """
+
+    weights: Tile
     scores: Tile
     product: Tile
 
@@ -91,7 +90,9 @@ class Tiles(NamedTuple):
         if dropped:
             # The random numbers take registers, too.
             tiles = tiles._replace(
-                forward=tiles.forward._replace(other=32),
+                weights=tiles.weights._replace(
+                    own=min(64, tiles.weights.own), other=min(32, tiles.weights.other)
+                ),
                 scores=tiles.scores._replace(
                     own=min(64, tiles.scores.own), other=min(64, tiles.scores.other)
                 ),
@@ -113,30 +114,30 @@ WHOLE = 2**30
 TILES = {
     2: {
         227 * 1024: Tiles(
-            forward=Tile(128, 64, 256, WHOLE, 8, 2),
+            weights=Tile(128, 64, WHOLE, WHOLE, 8, 3),
             scores=Tile(128, 128, 64, 64, 8, 4),
             product=Tile(128, 64, 256, WHOLE, 8, 3),
         ),
         163 * 1024: Tiles(
-            forward=Tile(64, 64, 256, WHOLE, 8, 2),
+            weights=Tile(64, 64, WHOLE, WHOLE, 8, 2),
             scores=Tile(128, 128, 32, 32, 8, 3),
             product=Tile(128, 32, 256, WHOLE, 8, 3),
         ),
         99 * 1024: Tiles(
-            forward=Tile(64, 32, 256, WHOLE, 8, 2),
+            weights=Tile(64, 32, WHOLE, WHOLE, 8, 2),
             scores=Tile(128, 128, 32, 32, 8, 2),
             product=Tile(128, 32, 256, WHOLE, 8, 2),
         ),
     },
     4: {
         99 * 1024: Tiles(
-            forward=Tile(32, 32, 128, 32, 4, 2),
+            weights=Tile(32, 32, 128, 32, 4, 2),
             scores=Tile(32, 32, 32, 32, 4, 2),
             product=Tile(32, 32, 128, 32, 4, 2),
         ),
     },
 }
-# Bytes that backward holds weights and scores' gradients in.
+# Bytes that weights and scores' gradients are held in.
 WORKSPACE = 2**29
 
 
@@ -157,21 +158,24 @@ class _ChunkedAttention(torch.autograd.Function):
         out = q.new_empty(v.shape)
         length, batch, heads, _ = q.shape
         lse = torch.empty(heads, batch, length, dtype=torch.float32, device=q.device)
-        seed = lse
+        total, seed = torch.empty_like(lse), lse
         if dropout_p > 0:
             seed = torch.randint(2**62, (1,), dtype=torch.int64, device=q.device)
         call = _Call(q, v, chunk_size, segments, dropout_p)
-        tile = call.tiles.forward
         with on_device_of(q):
-            for buffer, table, _ in call.tables:
+            weights, _ = call.workspace(q)
+            for buffer, groups in call.tables:
                 keys, values = k, v
                 if buffer:
                     keys, values = buffer.put_together(k, key), buffer.put_together(v, value)
-                forward_kernel[call.grid(table, triton.cdiv(v.shape[-1], tile.width))](
-                    *(q, keys, values, out, lse, seed, table, *call.sizes(table)),
-                    *_strides(q, keys, values, out),
-                    **call.constants(tile),
-                )
+                for group in groups:
+                    weights_kernel[call.grid(group.weights)](
+                        *(q, keys, weights, lse, total, seed, group.weights, group.size),
+                        *(*call.sizes(group.weights), *_strides(q, keys)),
+                        COVERED=call.tiles.product.own,
+                        **call.constants(call.tiles.weights),
+                    )
+                    call.product(weights, values, out, group, True, total)
         ctx.call = call
         ctx.save_for_backward(q, k, v, key, value, out, lse, seed)
         return out
@@ -186,7 +190,7 @@ class _ChunkedAttention(torch.autograd.Function):
         with on_device_of(q):
             delta = _delta(out, grad_out, lse)
             weights, grad_scores = call.workspace(q)
-            for buffer, _, groups in call.tables:
+            for buffer, groups in call.tables:
                 keys, values, to_keys, to_values = k, v, grad_k, grad_v
                 if buffer:
                     keys, values = buffer.put_together(k, key), buffer.put_together(v, value)
@@ -203,7 +207,7 @@ class _ChunkedAttention(torch.autograd.Function):
                         (grad_scores, q, to_keys),
                         (weights, grad_out, to_values),
                     ):
-                        call.product(matrix, z, grad, group, of_queries=grad is grad_q)
+                        call.product(matrix, z, grad, group, grad is grad_q)
                 if buffer:
                     grad_key = buffer.take_apart(to_keys, grad_k)
                     grad_value = buffer.take_apart(to_values, grad_v)
@@ -237,8 +241,8 @@ class _Call:
     def workspace(self, q: Tensor) -> Tensor:
         """Weights and scores' gradients of the largest group.
 
-        Those of a part are a square of whole tiles for each head, queries in rows. scores_kernel
-        writes the tiles that have a key no later than a query, and product_kernel reads no others.
+        Those of a part are a square of whole tiles for each head, queries in rows. What is written
+        are the tiles that have a key no later than a query, and product_kernel reads no others.
         """
         sizes = [group.size for tables in self.tables for group in tables.groups]
         return q.new_empty(2, self.heads * max(sizes))
@@ -256,13 +260,23 @@ class _Call:
         }
 
     def product(
-        self, matrix: Tensor, x: Tensor, out: Tensor, group: Group, of_queries: bool
+        self,
+        matrix: Tensor,
+        x: Tensor,
+        out: Tensor,
+        group: Group,
+        of_queries: bool,
+        total: Tensor | None = None,
     ) -> None:
-        """Of a group's parts, rows of `out` from the matrix, or its transpose, times x."""
+        """Of a group's parts, rows of `out` from the matrix, or its transpose, times x.
+
+        total: what rows of queries are divided by, [heads, batch, length].
+        """
         tile = self.tiles.product.within(self.chunk_size, x.shape[-1], x.shape[-1])
         table = group.queries if of_queries else group.keys
         product_kernel[self.grid(table, triton.cdiv(x.shape[-1], tile.width))](
-            *(matrix, x, out, table, group.size, len(table), *_strides(x, out)),
+            *(matrix, x, out, total, table, group.size, len(table)),
+            *(self.rows, self.length, *_strides(x, out)),
             COLUMNS=x.shape[-1],
             OF_QUERIES=of_queries,
             OWN=tile.own,
@@ -417,8 +431,7 @@ def _square(matrix, fields, head, size):
 
 
 @triton.jit
-def _forward_blocks(
-    acc,
+def _softmax_blocks(
     total,
     top,
     q,
@@ -427,29 +440,18 @@ def _forward_blocks(
     before,
     q_step,
     k_base,
-    v_base,
     k_step,
-    v_step,
     first,
     stop,
     filled,
-    seed,
-    start,
-    row,
-    threshold,
-    rescale,
-    e,
     DK: tl.constexpr,
-    DV: tl.constexpr,
-    DROPOUT: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
-    WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Online softmax over the keys first..stop of this chunk."""
+    """The greatest score over the keys first..stop, and the sum of powers beside it."""
     for place in tl.range(first, stop, OTHER):
         keys = place + tl.arange(0, OTHER)
         scores = _scores(
@@ -459,27 +461,21 @@ def _forward_blocks(
         if MASKED:
             scores = tl.where(keys[None] <= queries[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        if DROPOUT:
-            keep = _keep(seed, start, queries[:, None], keys[None], row, threshold)
-            weights = tl.where(keep, weights * rescale, 0.0)
-        v = _load(v_base, keys, 0, filled, v_step, e, DV, WIDTH, MASKED)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="tf32x3")
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
         top = new_top
-    return acc, total, top
+    return total, top
 
 
 @kernel
-def forward_kernel(
+def weights_kernel(
     q_ptr,
     k_ptr,
-    v_ptr,
-    out_ptr,
+    weights_ptr,
     lse_ptr,
+    total_ptr,
     seed_ptr,
     table,
+    size,
     programs,
     rows,
     length,
@@ -491,12 +487,6 @@ def forward_kernel(
     k_step,
     k_row,
     k_head,
-    v_step,
-    v_row,
-    v_head,
-    out_step,
-    out_row,
-    out_head,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -505,50 +495,57 @@ def forward_kernel(
     OTHER: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
+    COVERED: tl.constexpr,
 ) -> None:
-    """WIDTH columns of the output of OWN queries; the first slice leaves the log2-sum-exp2."""
-    SLICES: tl.constexpr = (DV + WIDTH - 1) // WIDTH
-    head, part, fields = _program(table, programs, SLICES, 9)
+    """The log2-sum-exp2 of OWN queries, the weights of the keys that they see, and these's sum.
+
+    The greatest weight of a query is 1, exact in any type. A first walk over the keys finds the
+    sums, a second takes the scores anew. It goes on to the end of the COVERED rows that
+    product_kernel has in a tile, which reads a column for all of them.
+    """
+    tl.static_assert(COVERED % OWN == 0 and COVERED % OTHER == 0)
+    head, _part_of_one, fields = _program(table, programs, 1, 9)
     row, start, key_row, key_start, before, filled = _part(fields)
     first = tl.load(fields + 8).to(tl.int32) * OWN
     queries = first + tl.arange(0, OWN)
-    e = part * WIDTH + tl.arange(0, WIDTH)
     q_base = q_ptr + row * q_row + head * q_head + start * q_step
     k_base = k_ptr + key_row * k_row + head * k_head + key_start * k_step
-    v_base = v_ptr + key_row * v_row + head * v_head + key_start * v_step
     row_of_all = head * rows + row
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    # A row that is not there is a query of zeros: finite, and never stored.
+    # A row that is not there is a query of zeros: finite, and never used.
     q = _own(q_base, queries, before, filled, q_step, DK, KEY_WIDTH, DEPTH)
-    acc = tl.zeros([OWN, WIDTH], tl.float32)
     total = tl.zeros([OWN], tl.float32)
     top = tl.full([OWN], float("-inf"), tl.float32)
-    acc, total, top = _forward_blocks(
-        *(acc, total, top, q, q_base, queries, before, q_step, k_base, v_base, k_step, v_step),
-        *(0, first, filled),
-        *(seed, start, row_of_all, threshold, rescale, e),
-        *(DK, DV, DROPOUT, KEY_WIDTH, OWN, OTHER, WIDTH, DEPTH, False),
+    total, top = _softmax_blocks(
+        *(total, top, q, q_base, queries, before, q_step, k_base, k_step, 0, first, filled),
+        *(DK, KEY_WIDTH, OWN, OTHER, DEPTH, False),
     )
-    acc, total, top = _forward_blocks(
-        *(acc, total, top, q, q_base, queries, before, q_step, k_base, v_base, k_step, v_step),
+    total, top = _softmax_blocks(
+        *(total, top, q, q_base, queries, before, q_step, k_base, k_step),
         *(first, tl.minimum(first + OWN, filled), filled),
-        *(seed, start, row_of_all, threshold, rescale, e),
-        *(DK, DV, DROPOUT, KEY_WIDTH, OWN, OTHER, WIDTH, DEPTH, True),
+        *(DK, KEY_WIDTH, OWN, OTHER, DEPTH, True),
     )
-
     there = (queries >= before) & (queries < filled)
-    out_base = out_ptr + row * out_row + head * out_head + start * out_step
-    tl.store(
-        out_base + queries.to(tl.int64)[:, None] * out_step + e[None],
-        (acc / total[:, None]).to(out_ptr.dtype.element_ty),
-        mask=there[:, None] & (e < DV)[None],
-    )
-    if part == 0:
-        lse_base = lse_ptr + row_of_all * length + start
-        tl.store(lse_base + queries, top + tl.log2(total), mask=there)
+    at = row_of_all * length + start + queries
+    tl.store(lse_ptr + at, top + tl.log2(total), mask=there)
+    tl.store(total_ptr + at, total, mask=there)
+
+    to_weights, side = _square(weights_ptr, fields, head, size)
+    to_weights += queries.to(tl.int64)[:, None] * side
+    for place in tl.range(0, (first // COVERED + 1) * COVERED, OTHER):
+        keys = place + tl.arange(0, OTHER)
+        scores = _scores(
+            *(q, q_base, queries, before, filled, q_step, k_base, keys, 0, filled, k_step),
+            *(DK, KEY_WIDTH, DEPTH, OWN, OTHER, True),
+        )
+        weights = tl.where(keys[None] <= queries[:, None], tl.exp2(scores - top[:, None]), 0.0)
+        if DROPOUT:
+            keep = _keep(seed, start, queries[:, None], keys[None], row_of_all, threshold)
+            weights = tl.where(keep, weights * rescale, 0.0)
+        tl.store(to_weights + keys[None], weights.to(weights_ptr.dtype.element_ty))
 
 
 @kernel
@@ -676,9 +673,12 @@ def product_kernel(
     matrix_ptr,
     x_ptr,
     out_ptr,
+    total_ptr,
     table,
     size,
     programs,
+    rows,
+    length,
     x_step,
     x_row,
     x_head,
@@ -693,8 +693,9 @@ def product_kernel(
 ) -> None:
     """WIDTH columns of OWN rows of a part's square times x, or of its transpose times x.
 
-    The square is 0 where the key is later than the query. OF_QUERIES: out has a row for each query
-    and x for each key; else it is transposed, and the other way round.
+    The square is 0 where the key is later than the query. OF_QUERIES: out has a row for each query,
+    divided by its total where there is one, and x for each key; else it is transposed, and the
+    other way round.
     """
     SLICES: tl.constexpr = (COLUMNS + WIDTH - 1) // WIDTH
     head, part, fields = _program(table, programs, SLICES, 9)
@@ -724,8 +725,12 @@ def product_kernel(
         else:
             factor = tl.load(matrix + other[:, None] * side + own[None]).T
         acc = tl.dot(factor, x, acc, input_precision="tf32x3")
+    there = (own >= own_low) & (own < filled)
+    if total_ptr is not None:
+        at = (head * rows + row) * length + start + own
+        acc /= tl.load(total_ptr + at, mask=there, other=1.0)[:, None]
     tl.store(
         out_base + own.to(tl.int64)[:, None] * out_step + e[None],
         acc.to(out_ptr.dtype.element_ty),
-        mask=((own >= own_low) & (own < filled))[:, None] & (e < COLUMNS)[None],
+        mask=there[:, None] & (e < COLUMNS)[None],
     )

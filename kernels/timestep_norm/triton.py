@@ -27,7 +27,7 @@ LINE = 128
 STAGES = 3
 # Programs that keep a card busy; where tiles are more, a program takes several.
 PROGRAMS = 2048
-# Steps of a segment that are summed up at a time; an eighth where all segments are so short.
+# Steps of a segment that are summed up at a time; down to an eighth where all segments are short.
 SCAN = 1024
 
 
@@ -191,7 +191,7 @@ def _scan(
 ) -> None:
     """Runs a kernel along each segment and group of tables [batch, G, length]."""
     longest = segments.kept("longest", lambda: max(segment.length for segment in segments))
-    steps = SCAN if longest > SCAN // 8 else SCAN // 8
+    steps = min(SCAN, max(SCAN // 8, triton.next_power_of_2(longest)))
     function[len(segments) * groups,](
         *(segments.table(mean.device), mean, *arguments, mean.shape[2]),
         **constants,
@@ -457,8 +457,9 @@ def terms_kernel(
     """What y's gradient gives each step's mean and var, and a program's part of the parameters'."""
     part, g, channel, inside = _groups_and_part(G, S, GB, SP)
     gain = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32) + 1.0
-    grad_weight = tl.zeros([GB, SP], tl.float64)
-    grad_bias = tl.zeros([GB, SP], tl.float64)
+    # One sum for each step of a tile: threads meet once, at the end.
+    grad_weight = tl.zeros([T, GB, SP], tl.float32)
+    grad_bias = tl.zeros([T, GB, SP], tl.float32)
     for tile in tl.range(part, tiles, programs, num_stages=STAGES):
         row, t, real = _steps(tile, length, T)
         there = real[:, None, None] & inside[None]
@@ -473,11 +474,11 @@ def terms_kernel(
         to_var = -0.5 * tl.sum(gained * normed, 2) * rstd * rstd
         tl.store(to_mean_ptr + places, to_mean, mask=known)
         tl.store(to_var_ptr + places, to_var, mask=known)
-        grad_weight += tl.sum(grad * normed, 0).to(tl.float64)
-        grad_bias += tl.sum(grad, 0).to(tl.float64)
+        grad_weight += grad * normed
+        grad_bias += grad
     to = part * (G * S) + channel
-    tl.store(weight_parts + to, grad_weight, mask=inside)
-    tl.store(bias_parts + to, grad_bias, mask=inside)
+    tl.store(weight_parts + to, tl.sum(grad_weight.to(tl.float64), 0), mask=inside)
+    tl.store(bias_parts + to, tl.sum(grad_bias.to(tl.float64), 0), mask=inside)
 
 
 @kernel

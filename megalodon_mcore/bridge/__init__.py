@@ -13,10 +13,10 @@ Nothing outside this package imports Megatron-Bridge.
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megalodon_mcore.bridge.model_bridge import MegalodonBridge
-from megalodon_mcore.bridge.provider import MegalodonModelProvider
+from megalodon_mcore.bridge.provider import MegalodonHybridProvider, MegalodonModelProvider
 from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM
 
-__all__ = ["MegalodonBridge", "MegalodonModelProvider"]
+__all__ = ["MegalodonBridge", "MegalodonHybridProvider", "MegalodonModelProvider"]
 
 # Lets Bridge read an export's configuration without running the code in its folder.
 AutoConfig.register("megalodon", MegalodonConfig, exist_ok=True)

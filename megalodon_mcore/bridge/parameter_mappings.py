@@ -11,9 +11,11 @@ from abc import abstractmethod
 import torch
 from megatron.bridge.models.conversion.param_mapping import (
     ColumnParallelMapping,
+    GatedMLPMapping,
     MegatronParamMapping,
 )
 from megatron.bridge.models.conversion.utils import get_module_and_param_from_name
+from megatron.bridge.utils.common_utils import extract_expert_number_from_param
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,7 +60,9 @@ class _SplitMapping(MegatronParamMapping):
         self, hf_weights: Tensor | dict[str, Tensor], megatron_module: torch.nn.Module
     ) -> Tensor:
         """Whole tensors to this rank's."""
-        _, parameter = get_module_and_param_from_name(megatron_module, self.megatron_param)
+        # Of an expert's name in all of the model, in which this rank's have other numbers.
+        name = self._normalize_expert_param_name(self.megatron_param)
+        _, parameter = get_module_and_param_from_name(megatron_module, name)
         shards = self.split(hf_weights) if self.tp_rank == 0 else None
         return self.scatter_to_tp_ranks(shards, parameter.shape, parameter.dtype, parameter.device)
 
@@ -127,3 +131,60 @@ class ColumnPartsMapping(_SplitMapping):
             self.hf_param[name]: torch.cat(parts, dim=1)
             for name, parts in zip(self.widths, zip(*shares, strict=True), strict=True)
         }
+
+
+class ExpertMapping(_SplitMapping):
+    """An expert's weight, cut along an axis; the Hugging Face tensors are [experts, out, in].
+
+    Several of those lie one below the other in Megatron's, as the parts of a gated linear layer.
+    Bridge stacks what `join` returns once it has that of all experts.
+    """
+
+    is_grouped_export = True
+
+    def __init__(self, megatron_param: str, hf_param: dict[str, str], axis: int) -> None:
+        super().__init__(megatron_param, hf_param)
+        self.axis = axis
+
+    def resolve(self, captures: tuple[str, ...]) -> ExpertMapping:
+        """The mapping of one expert's weight, by the numbers of its layer and of itself."""
+        return type(self)(*self._resolve_names(captures), self.axis)
+
+    def split(self, hf_weights: dict[str, Tensor]) -> list[Tensor]:
+        """Each rank's share of every tensor, one below the other."""
+        expert = extract_expert_number_from_param(self.megatron_param)
+        shares = [z[expert].chunk(self.tp_size, dim=self.axis) for z in hf_weights.values()]
+        return [torch.cat(parts) for parts in zip(*shares, strict=True)]
+
+    def join(self, shards: list[Tensor]) -> dict[str, Tensor]:
+        """One expert's weights, or [ranks, out, in] of every expert-parallel rank's."""
+        shares = zip(*(shard.chunk(len(self.hf_param)) for shard in shards), strict=True)
+        whole = [torch.cat(parts, dim=self.axis) for parts in shares]
+        if self.ep_size > 1:
+            whole = [self._of_all_ranks(weight) for weight in whole]
+        return dict(zip(self.hf_param.values(), whole, strict=True))
+
+    def _of_all_ranks(self, weight: Tensor) -> Tensor:
+        gathered = [torch.empty_like(weight) for _ in range(self.ep_size)]
+        torch.distributed.all_gather(gathered, weight.contiguous(), group=self.ep_group)
+        return torch.stack(gathered)
+
+
+def parts_of(mapping: MegatronParamMapping, weight: Tensor) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a linear layer's weight, by their names.
+
+    Args:
+        mapping: of that layer.
+        weight: [out, in], the shares of all tensor-parallel ranks one after the other.
+    """
+    if isinstance(mapping, GatedMLPMapping):
+        shares = [shard.chunk(2) for shard in weight.chunk(mapping.tp_size)]
+        names = (mapping.hf_param["gate"], mapping.hf_param["up"])
+        return {
+            name: torch.cat(z) for name, z in zip(names, zip(*shares, strict=True), strict=True)
+        }
+    if isinstance(mapping, HeadsMapping):
+        return mapping.join(list(weight.chunk(mapping.tp_size, dim=mapping.axis)))
+    if isinstance(mapping, ColumnPartsMapping):
+        return mapping.join(list(weight.chunk(mapping.tp_size, dim=1)))
+    return {str(mapping.hf_param): weight}

@@ -29,10 +29,11 @@ def run(command: str, argv: list[str]) -> int:
     args = _parser(command, finetunes).parse_intermixed_args(argv)
     cfg = RECIPES[args.recipe]()
     if finetunes:
-        cfg = finetune_config(cfg, args.pretrained, args.data, args.packed)
+        cfg = finetune_config(cfg, args.pretrained, args.data, args.packed, args.lora)
     cfg = process_config_with_overrides(cfg, args.config, args.overrides)
     pad_packed_examples(cfg)
     check_optimizer(cfg.optimizer)
+    check_adapters(cfg)
     if args.dry_run:
         cfg.model.finalize()
         print(describe(args.recipe, cfg))
@@ -42,16 +43,34 @@ def run(command: str, argv: list[str]) -> int:
     return 0
 
 
+def check_adapters(cfg: ConfigContainer) -> None:
+    """Refuses a layout in which Bridge builds an adapter of another shape than its layer.
+
+    Raises:
+        ValueError: ranks share a head, so that each has all of linear_z.
+    """
+    ranks, heads = cfg.model.tensor_model_parallel_size, cfg.model.config().num_heads
+    if cfg.peft is not None and ranks > heads:
+        raise ValueError(
+            f"--lora is given with model.tensor_model_parallel_size={ranks}, but the model has "
+            f"{heads} heads, and ranks that share one have no part of its queries to adapt; take "
+            f"{heads} ranks or fewer."
+        )
+
+
 def describe(name: str, cfg: ConfigContainer) -> str:
     """Summarizes a run in a few lines."""
     model, train = cfg.model, cfg.train
     sizes = f"TP {model.tensor_model_parallel_size} PP {model.pipeline_model_parallel_size} "
     sizes += f"CP {model.context_parallel_size}"
+    if model.num_moe_experts:
+        sizes += f" EP {model.expert_model_parallel_size}"
     tokens = train.global_batch_size * model.seq_length
     return "\n".join(
         (
             f"recipe      {name}",
-            f"model       {model.num_layers} layers of width {model.hidden_size}",
+            f"model       {model.num_layers} layers of width {model.hidden_size}"
+            + (f", {model.config().layers}" if model.config().layers else ""),
             f"sequences   {model.seq_length} tokens, chunks of {model.megalodon_chunk_size}",
             f"layout      {sizes}, micro-batches of {train.micro_batch_size}",
             f"precision   {cfg.mixed_precision or 'float32'}",
@@ -62,6 +81,12 @@ def describe(name: str, cfg: ConfigContainer) -> str:
             f"checkpoints {cfg.checkpoint.save}",
         )
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"is {text}; it takes a positive integer.")
+    return int(text)
 
 
 def _parser(command: str, finetunes: bool) -> ArgumentParser:
@@ -91,6 +116,9 @@ def _parser(command: str, finetunes: bool) -> ArgumentParser:
             "--packed",
             action="store_true",
             help="Put as many examples into a sequence as it has room for; they stay apart.",
+        )
+        parser.add_argument(
+            "--lora", type=_positive, metavar="RANK", help="Train low-rank adapters alone."
         )
     parser.add_argument("--config", help="YAML file of values over the recipe's.")
     parser.add_argument("--dry-run", action="store_true", help="Print what would run and stop.")

@@ -120,8 +120,9 @@ def run(args: Namespace) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the disk is full" if full else str(error)
         raise ValueError(f"{args.output} could not be written: {what}. Nothing is left.") from None
-    if args.source == "megalodon-hf":
-        print(f"Note: {PORT_DIFFERS}", file=sys.stderr)
+    for note in (PORT_DIFFERS if args.source == "megalodon-hf" else "", model.left_out):
+        if note:
+            print(f"Note: {note}", file=sys.stderr)
     print(f"Wrote {args.output}", file=sys.stderr)
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import megalodon_mcore
-from megalodon_mcore.config import config_from, names
+from megalodon_mcore.config import KINDS, config_from, names
 from megalodon_mcore.conversion.json_file import read_object, write_object
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.model_card import model_card
@@ -24,7 +24,7 @@ from megalodon_mcore.conversion.tokenizers import (
 )
 from megalodon_mcore.parameters import Parameter, parameters
 
-CODE = ("configuration_megalodon.py", "modeling_megalodon.py")
+CODE = ("configuration_megalodon.py", "layers_megalodon.py", "modeling_megalodon.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_megalodon.MegalodonConfig",
     "AutoModel": "modeling_megalodon.MegalodonModel",
@@ -59,7 +59,7 @@ def open_hf(folder: Path) -> OpenModel:
         raise ValueError(f"{folder} has {min(extra)}, of which {origin} knows nothing.")
     named = values.get("dtype") or values.get("torch_dtype")
     if named is None:
-        named = str(tensors.read("model.layers.0.wz.weight").dtype).removeprefix("torch.")
+        named = str(tensors.read("model.embed_tokens.weight").dtype).removeprefix("torch.")
     if not isinstance(named, str) or named not in DTYPES:
         raise ValueError(f"{origin} has dtype {named!r}; it takes {', '.join(DTYPES)}.")
     tokenizer = open_tokenizer(folder)
@@ -91,7 +91,11 @@ def write_hf(
         dtype: of all parameters that do not stay float32.
         max_shard_size: bytes in a file, unless one tensor has more.
         progress: wraps the loop over parameters.
+
+    Raises:
+        ValueError: the configuration class takes no such model.
     """
+    _with_derived(model.config.named("hf"), str(model.folder))
     todo = list(parameters(model.config))
     entries = [Entry(p.hf, p.shape, model.written_dtype(p, dtype)) for p in todo]
     tensors = (model.read(parameter, dtype) for parameter in progress(todo))
@@ -153,7 +157,12 @@ def _with_derived(values: dict[str, Any], origin: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{origin} describes no model: {error}") from None
     except TypeError as error:
-        wrong = [f"{name} is {value!r}" for name, value in own.items() if isinstance(value, str)]
+        texts = {by_name[ours] for ours, kind in KINDS.items() if kind == "str"}
+        wrong = [
+            f"{name} is {value!r}"
+            for name, value in own.items()
+            if isinstance(value, str) and name not in texts
+        ]
         raise ValueError(f"{origin} describes no model: {'; '.join(wrong) or error}.") from None
 
 

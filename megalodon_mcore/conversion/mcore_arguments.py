@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megalodon_mcore.checkpoint_tokenizer import MissingTokenizerError, tokenizer_of_checkpoint
+from megalodon_mcore.config import BLOCKS, MegalodonConfig, layers_beside_blocks
 from megalodon_mcore.conversion.model import OpenModel, Tokenizer
 from megalodon_mcore.conversion.tokenizers import (
     NULL_TOKENIZER,
@@ -115,7 +116,7 @@ def arguments_for(
     """The arguments that Megatron reads back under --use-checkpoint-args.
 
     Raises:
-        ValueError: divisible_by is no positive number.
+        ValueError: divisible_by is no positive number, or the layers are in no model of Megatron's.
     """
     if divisible_by < 1:
         raise ValueError(
@@ -129,17 +130,9 @@ def arguments_for(
     values |= {
         "spec": ["megalodon_mcore.spec", "megalodon"],
         "rotary_base": int(rotary_base) if rotary_base == int(rotary_base) else rotary_base,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_heads,
-        "group_query_attention": False,
-        "kv_channels": max(1, shape.hidden_size // shape.num_heads),
         "seq_length": length,
         "max_position_embeddings": length,
-        "position_embedding_type": "none",
         "add_position_embedding": True,
-        "normalization": "RMSNorm",
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
         "untie_embeddings_and_output_weights": not shape.tied,
         "bf16": dtype == torch.bfloat16,
         "fp16": False,
@@ -161,6 +154,50 @@ def arguments_for(
         "consumed_valid_samples": 0,
         "megalodon_sequence_order": "contiguous",
     }
+    values = WITHOUT_ATTENTION | _attention_of_blocks(shape) | values | _layers(shape)
     if model.tokenizer and model.tokenizer.kind == NULL_TOKENIZER:
         values["null_tokenizer_eod_id"] = model.tokenizer.eos_token_id
     return Namespace(**values)
+
+
+WITHOUT_ATTENTION = {
+    "position_embedding_type": "none",
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+}
+"""What pretrain has where all layers are blocks."""
+
+
+def _attention_of_blocks(shape: MegalodonConfig) -> dict[str, Any]:
+    """What Megatron wants to know of attention that a model without a `*` has none of."""
+    return {
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_heads,
+        "kv_channels": max(1, shape.hidden_size // shape.num_heads),
+    }
+
+
+def _layers(shape: MegalodonConfig) -> dict[str, Any]:
+    """Megatron's arguments for what each layer is, and for its attention's groups.
+
+    Raises:
+        ValueError: no arguments of Megatron's say so.
+    """
+    values: dict[str, Any] = {"group_query_attention": False}
+    if shape.has("attention_heads"):
+        values["group_query_attention"] = shape.attention_groups != shape.attention_heads
+    blocks = [symbol for symbol in shape.symbols if symbol in BLOCKS]
+    if "X" in blocks:
+        if "E" in shape.symbols:
+            raise ValueError(
+                f"layers is {shape.layers}, which has both E and X; Megatron's experts are layers "
+                "or in blocks, so only --to hf can hold the model."
+            )
+        # Of a list Megatron expects that layers differ.
+        are_alike = set(blocks) == {"X"}
+        values["moe_layer_freq"] = 1 if are_alike else [int(symbol == "X") for symbol in blocks]
+    if layers_beside_blocks(shape.symbols):
+        values["hybrid_layer_pattern"] = shape.symbols.replace("X", "M")
+        values["is_hybrid_model"] = True
+    return values

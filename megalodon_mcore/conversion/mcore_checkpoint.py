@@ -1,14 +1,15 @@
 """Megatron's torch_dist checkpoints, read from any parallel layout and written for any.
 
-In a checkpoint every tensor is whole, layers are stacked along a first axis, and a joined weight
-keeps its parts apart: linear_proj.weight as `_h1` and `_h2`, linear_fc1.weight as W1 over W3.
+In a checkpoint every tensor is whole, and a joined weight keeps its parts apart: linear_proj.weight
+as `_h1` and `_h2`, linear_fc1.weight as W1 over W3. Layers are stacked along a first axis where all
+are of one kind, and else each has tensors of its own; a layer's experts are stacked in either case.
 """
 
 from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,9 +28,9 @@ from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader, safe_l
 from megalodon_mcore.conversion.torch_dist_writer import TorchDistWriter
 from megalodon_mcore.parameters import (
     LAYER_PREFIXES,
-    LINEAR_MODULES,
     Parameter,
     checkpoint_suffix,
+    linear_modules,
     parameters,
 )
 
@@ -38,6 +39,11 @@ COMMON = "common_state/shard_0_1"
 EMBEDDING = "embedding.word_embeddings.weight"
 PADDED = (EMBEDDING, "output_layer.weight")
 LAYER = LAYER_PREFIXES["mcore"]
+OF_EXPERTS = "experts.experts."
+OUTPUT_STATE = "output_layer._extra_state/shard_0_1"
+"""HybridModel alone saves it; it is Transformer Engine's, and nothing."""
+PREDICTING = "mtp."
+"""What the names of layers that predict further tokens begin with."""
 
 
 def open_mcore(
@@ -66,7 +72,7 @@ def open_mcore(
             "--ckpt-convert-save FOLDER make one."
         )
     reader = TorchDistReader(checkpoint)
-    common = _common_state(reader)
+    common = common_state(reader)
     arguments = common["args"]
     embedding = reader.shape(EMBEDDING)
     if embedding is None:
@@ -85,6 +91,7 @@ def open_mcore(
         lambda parameter: _fetch(reader, parameter, config),
         found,
         training_of(arguments, int(common.get("iteration", 0))),
+        _left_out(reader, arguments),
     )
     _refuse_others(reader, config)
     return model
@@ -141,14 +148,13 @@ def write_mcore(
     (folder / "release").mkdir()
     writer = TorchDistWriter(folder / "release")
     try:
-        layers = model.config.num_layers
+        stacked = len(set(model.config.symbols)) == 1
         for parameter in progress(list(parameters(model.config))):
-            _write(writer, parameter, model.read(parameter, dtype), arguments)
-        for layer in range(layers):
-            # Megatron's linear layers each want an (empty) extra state of theirs.
-            for module in LINEAR_MODULES:
-                key = f"{LAYER}{module}._extra_state/shard_{layer}_{layers}"
-                writer.write_object(key, [None])
+            _write(writer, parameter, model.read(parameter, dtype), stacked, arguments)
+        for key in _extra_states(model.config, stacked):
+            writer.write_object(key, [None])
+        if getattr(arguments, "hybrid_layer_pattern", None):
+            writer.write_object(OUTPUT_STATE, [None])
         common = {
             "args": arguments,
             "checkpoint_version": 3.0,
@@ -165,7 +171,12 @@ def write_mcore(
     (folder / TRACKER).write_text("release")
 
 
-def _common_state(reader: TorchDistReader) -> dict:
+def common_state(reader: TorchDistReader) -> dict:
+    """What every rank has alike: arguments, iteration, schedules.
+
+    Raises:
+        ValueError: it is damaged, or has no arguments.
+    """
     from megatron.core.safe_globals import SAFE_GLOBALS
 
     legacy = reader.folder / "common.pt"
@@ -179,34 +190,43 @@ def _common_state(reader: TorchDistReader) -> dict:
     return common
 
 
-def _key(parameter: Parameter) -> str:
-    """The tensor of the checkpoint that has a parameter."""
+def _key(parameter: Parameter, stacked: bool) -> str:
+    """The tensor of the checkpoint that has a parameter, of all layers or of its own."""
     row = parameter.row
-    name = row.mcore if parameter.layer is None else f"{LAYER}{row.mcore}"
-    return name + checkpoint_suffix(row)
+    name = f"{row.mcore}{checkpoint_suffix(row)}"
+    if parameter.layer is None:
+        return name
+    return f"{LAYER}{name}" if stacked else f"{LAYER}{parameter.layer}.{name}"
 
 
 def _key_of_layer(reader: TorchDistReader, parameter: Parameter) -> tuple[str, bool]:
     """The tensor that has a parameter, and whether it has all layers' stacked."""
-    key = _key(parameter)
+    key = _key(parameter, True)
     if parameter.layer is None or reader.shape(key) is not None:
         return key, parameter.layer is not None
-    # Layers are not stacked where Megatron found that they may differ.
-    return f"{LAYER}{parameter.layer}.{key.removeprefix(LAYER)}", False
+    # Layers are not stacked where they differ, or where Megatron found that they may.
+    return _key(parameter, False), False
+
+
+def _joined_axis(parameter: Parameter, swiglu: bool) -> int | None:
+    """The axis along which that tensor has W1 over W3, if it does."""
+    part = parameter.row.part
+    return None if part is None or part.apart or not swiglu else part.axis
 
 
 def _shape_in_layer(parameter: Parameter, swiglu: bool) -> tuple[int, ...]:
     """The shape of one layer of that tensor."""
-    part = parameter.row.part
-    if part is None or part.axis == 1 or not swiglu:
-        return parameter.shape
-    return 2 * parameter.shape[0], *parameter.shape[1:]
+    joined = _joined_axis(parameter, swiglu)
+    return tuple(2 * z if axis == joined else z for axis, z in enumerate(parameter.shape))
 
 
-def _first_row(parameter: Parameter) -> int:
+def _offsets_in_layer(parameter: Parameter, swiglu: bool) -> tuple[int, ...]:
     """Where in that layer the parameter begins."""
-    part = parameter.row.part
-    return 0 if part is None or part.axis == 1 else part.index * parameter.shape[0]
+    joined, part = _joined_axis(parameter, swiglu), parameter.row.part
+    return tuple(
+        part.index * z if part is not None and axis == joined else 0
+        for axis, z in enumerate(parameter.shape)
+    )
 
 
 def _fetch(reader: TorchDistReader, parameter: Parameter, config: MegalodonConfig) -> Tensor:
@@ -223,11 +243,22 @@ def _fetch(reader: TorchDistReader, parameter: Parameter, config: MegalodonConfi
             f"{key} has shape {list(whole)} in {reader.folder}; its arguments make it "
             f"{list(expected)}."
         )
-    first = _first_row(parameter)
-    ranges = [(first, first + parameter.shape[0]), *((0, size) for size in parameter.shape[1:])]
+    offsets = _offsets_in_layer(parameter, config.swiglu)
+    ranges = [(a, a + size) for a, size in zip(offsets, parameter.shape, strict=True)]
     if not stacked:
         return reader.read(key, ranges)
     return reader.read(key, [(parameter.layer, parameter.layer + 1), *ranges]).squeeze(0)
+
+
+def _left_out(reader: TorchDistReader, arguments: Namespace) -> str:
+    """A sentence on the layers that only training has any use for; empty where there are none."""
+    if not any(key.startswith(PREDICTING) for key in reader.entries):
+        return ""
+    count = getattr(arguments, "mtp_num_layers", None)
+    return (
+        f"{reader.folder} has {count or 'some'} multi-token prediction layers beside the model; "
+        "they are left out."
+    )
 
 
 def _refuse_others(reader: TorchDistReader, config: MegalodonConfig) -> None:
@@ -239,17 +270,36 @@ def _refuse_others(reader: TorchDistReader, config: MegalodonConfig) -> None:
 
 
 def _write(
-    writer: TorchDistWriter, parameter: Parameter, tensor: Tensor, arguments: Namespace
+    writer: TorchDistWriter,
+    parameter: Parameter,
+    tensor: Tensor,
+    stacked: bool,
+    arguments: Namespace,
 ) -> None:
-    key, first = _key(parameter), _first_row(parameter)
+    key, offsets = _key(parameter, stacked), _offsets_in_layer(parameter, arguments.swiglu)
     shape = _shape_in_layer(parameter, arguments.swiglu)
     if parameter.row.mcore in PADDED:
         shape = (arguments.padded_vocab_size, *shape[1:])
         if shape[0] > len(tensor):
             padding = tensor.new_zeros(shape[0] - len(tensor), *shape[1:])
             writer.write(key, shape, (len(tensor), 0), padding)
-    offsets = (first, *(0,) * (len(shape) - 1))
-    if parameter.layer is not None:
+    if stacked and parameter.layer is not None:
         shape, offsets = (arguments.num_layers, *shape), (parameter.layer, *offsets)
         tensor = tensor.unsqueeze(0)
     writer.write(key, shape, offsets, tensor)
+
+
+def _extra_states(config: MegalodonConfig, stacked: bool) -> Iterator[str]:
+    """The keys of the (empty) extra states that Megatron's linear layers each want."""
+    for layer, symbol in enumerate(config.symbols):
+        own = LAYER if stacked else f"{LAYER}{layer}."
+        stack = [(layer, config.num_layers)] if stacked else []
+        for module in linear_modules(config, symbol):
+            experts: Iterable[int | None] = (None,)
+            if OF_EXPERTS in module:
+                experts = range(config.num_experts)
+            for expert in experts:
+                places = stack if expert is None else [*stack, (expert, config.num_experts)]
+                offsets, sizes = zip(*places or [(0, 1)], strict=True)
+                shard = f"{'.'.join(map(str, offsets))}_{'.'.join(map(str, sizes))}"
+                yield f"{own}{module}._extra_state/shard_{shard}"

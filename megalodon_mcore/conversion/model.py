@@ -45,6 +45,8 @@ class OpenModel:
     tokenizer: Tokenizer | None = None
     training: dict[str, Any] = field(default_factory=dict)
     """How it was trained, in words for a model card and the numbers to them."""
+    left_out: str = ""
+    """What the checkpoint has beside the model, in a sentence."""
 
     def read(self, parameter: Parameter, dtype: torch.dtype | None = None) -> Tensor:
         """One parameter, checked and in the type it is to be written in.

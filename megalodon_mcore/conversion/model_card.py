@@ -30,6 +30,14 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
 TOKENIZER_MODEL = """The tokenizer is the SentencePiece model `tokenizer.model`."""
 
 
+MEMORY = {
+    False: "It reads a text of any length in constant memory.",
+    True: "Its attention layers (`*` of `layer_symbols`) keep keys and values of the whole text; "
+    "the rest of its memory does not grow.",
+}
+"""By whether a model has attention layers."""
+
+
 def model_card(model: OpenModel, dtype: torch.dtype) -> str:
     """Markdown: what the model is, its sizes, how to use it, how it was trained."""
     shape = model.config
@@ -44,8 +52,8 @@ def model_card(model: OpenModel, dtype: torch.dtype) -> str:
         "# Megalodon",
         f"A [Megalodon](https://arxiv.org/abs/2404.08801) language model of {count:,} parameters "
         f"({size / 1e6:,.1f} MB, {str(dtype).removeprefix('torch.')}; CEMA, norms and the "
-        "query/key affine in float32), trained with megalodon-mcore. It reads a text of any "
-        "length in constant memory.",
+        "query/key affine in float32), trained with megalodon-mcore. "
+        f"{MEMORY['*' in shape.symbols]}",
         "## Use",
         USE if kind == "HuggingFaceTokenizer" else NOT_TEXT,
     ]
@@ -54,7 +62,7 @@ def model_card(model: OpenModel, dtype: torch.dtype) -> str:
     parts += [
         "Needs torch and transformers (5.4 or newer) alone.",
         "## Sizes",
-        _table(dataclasses.asdict(shape)),
+        _table({name: z for name, z in dataclasses.asdict(shape).items() if shape.has(name)}),
     ]
     parts.append("## Training")
     parts.append(_table(model.training) if model.training else "Not known.")

@@ -79,9 +79,15 @@ def write_released(
     """Writes a checkpoint for so many model-parallel ranks.
 
     Raises:
-        ValueError: the ranks do not divide the model.
+        ValueError: the ranks do not divide the model, or it has layers of which the format knows
+            nothing.
     """
     shape = model.config
+    if shape.layers is not None:
+        raise ValueError(
+            f"{model.folder} has layers {shape.layers}, and the released format plain blocks (M) "
+            "alone; take --to hf or --to mcore."
+        )
     _check_ranks(shape, ranks)
     todo = list(parameters(shape))
     layout = {p.released: (_split_shape(p, ranks), model.written_dtype(p, dtype)) for p in todo}

@@ -69,6 +69,11 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
+def tokenizer_file() -> dict[str, Any]:
+    """What its tokenizer.json holds."""
+    return _files()["tokenizer.json"]
+
+
 def _files() -> dict[str, dict[str, Any]]:
     byte_level = {
         "type": "ByteLevel",

@@ -53,6 +53,11 @@ def find_files(
         inputs: files, folders (searched recursively in sorted order, hidden names left out), or
             the word "python-stdlib".
         suffixes: how the names of files in folders must end. Named files are always read.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ValueError: a folder has no such file, or one that is a link to nothing or a pipe.
+        OSError: a folder cannot be read.
     """
     suffixes = tuple(suffixes)
     files: list[SourceFile] = []
@@ -242,8 +247,15 @@ def _shortened(document: Document, limit: int) -> Document:
 
 
 def _walk(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    for folder, names, files in os.walk(root):
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, names, files in os.walk(root, onerror=refuse):
         names[:] = sorted(name for name in names if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(suffixes):
-                yield Path(folder, name)
+                path = Path(folder, name)
+                if not path.is_file():
+                    what = "a link to nothing" if path.is_symlink() else "no file, such as a pipe"
+                    raise ValueError(f"{path} is {what}: remove it, or name the files to read")
+                yield path

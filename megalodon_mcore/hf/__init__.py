@@ -1,4 +1,4 @@
-"""The stand-alone Hugging Face model; its two files are copied into every export."""
+"""The stand-alone Hugging Face model; its three files are copied into every export."""
 
 from megalodon_mcore.hf.configuration_megalodon import MegalodonConfig
 from megalodon_mcore.hf.modeling_megalodon import (
@@ -7,7 +7,7 @@ from megalodon_mcore.hf.modeling_megalodon import (
     MegalodonModel,
 )
 
-# So that save_pretrained writes the two files beside the weights.
+# So that save_pretrained writes the files beside the weights.
 MegalodonConfig.register_for_auto_class()
 MegalodonModel.register_for_auto_class("AutoModel")
 MegalodonForCausalLM.register_for_auto_class("AutoModelForCausalLM")

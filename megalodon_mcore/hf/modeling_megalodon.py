@@ -12,6 +12,10 @@ chunk_size, H the heads, Z z_dim and E value_dim. A block computes
 
 so that all it has to remember of a sequence, however long, are the running mean and variance of
 TimestepNorm, the state of CEMA, and the keys and values of the chunk it is in.
+
+With `layer_symbols` some layers are others: `*`, `-` and `E` compute x + attention, MLP or experts
+of norm(x), and `X` is a block with experts for its FFN; layers_megalodon.py has what is in them.
+Attention layers remember keys and values of the whole sequence, and so grow with it.
 """
 
 from __future__ import annotations
@@ -19,18 +23,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_megalodon import MegalodonConfig
+from .layers_megalodon import (
+    DocumentAttention,
+    Experts,
+    GatedMLP,
+    Place,
+    SharedExpert,
+    at_least_float32,
+    in_place,
+    make_place,
+    never_narrow,
+    projections,
+)
 
 try:
     # With Triton kernels for a GPU; without this package the operators below do the same.
@@ -51,22 +68,46 @@ CEMA_BLOCK = 64
 # Arguments by which transformers' collators and trainers mark samples packed into one row.
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 PACKING = (*CUMULATIVE_LENGTHS, "seq_idx")
+RECORDED_STEPS = 64
+
+
+class Snapshot(NamedTuple):
+    """What a cache remembered before some steps, and their embeddings [batch, steps, D]."""
+
+    states: list[dict]  # without attention layers', whose slots are only written behind
+    seen: Tensor
+    room: int
+    steps: Tensor
 
 
 class MegalodonCache(Cache):
-    """All that a Megalodon remembers of a batch of sequences; its size does not grow with them.
+    """All that a Megalodon remembers of a batch of sequences; of blocks it does not grow with them.
 
     Every tensor has one shape and, without gradients, one place for good: so a decoding step fits
     a CUDA graph. Slots of a row's chunk that it has not reached hold anything. is_compileable asks
     `generate` to compile its steps where transformers does so, on a GPU.
+
+    Attention layers (`*`) keep the keys and values of all steps: theirs grow, a quarter at a time,
+    unless max_length, of a row's steps with its padding, makes room once and for all.
+
+    After activate_past_recording `crop` takes back the last steps, as assisted generation wants.
     """
 
     is_compileable = False
-    is_croppable = False
 
-    def __init__(self, config: MegalodonConfig, is_compileable: bool = False) -> None:
+    def __init__(
+        self, config: MegalodonConfig, is_compileable: bool = False, max_length: int | None = None
+    ) -> None:
         super().__init__(layers=[])
         self.num_layers, self.is_compileable = config.num_hidden_layers, is_compileable
+        self.attention = [n for n, z in enumerate(config.symbols) if z == "*"]
+        self.max_length = max_length if self.attention else None
+        self.recorded_steps = 0
+        if self.attention and is_compileable and max_length is None:
+            raise ValueError(
+                "is_compileable is set, but the model's attention layers (*) keep all steps; give "
+                "the cache a max_length, or leave is_compileable out."
+            )
         self.reset()
 
     def reset(self) -> None:
@@ -75,8 +116,14 @@ class MegalodonCache(Cache):
         # [batch, H, C, Z/H and E/H], and what CEMA's step takes from the parameters; then the final
         # norm's mean and var.
         self.states: list[dict] = []
+        # Of attention layers: keys and values [batch, groups, room, width].
+        self.room = self.max_length or 0
         self.seen: Tensor | None = None  # int64 [batch], without padding
         self.columns: Tensor | None = None  # int64 [], with padding
+        # Oldest first; and embeddings to be fed again before the next piece, since some behind them
+        # were taken back.
+        self.snapshots: list[Snapshot] = []
+        self.again: Tensor | None = None
 
     def allocate(self, model: MegalodonModel, like: Tensor) -> None:
         """Makes room for a batch such as `like` [batch, length, D]."""
@@ -87,22 +134,57 @@ class MegalodonCache(Cache):
         dtype = like.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        for norm in [*(layer.timestep_norm for layer in model.layers), model.norm]:
-            target, zeros = norm.weight.device, torch.zeros
+        zeros = torch.zeros
+        for layer in (*model.layers, model.norm):
+            target = next(layer.parameters()).device
             target = device if target.type == "meta" else target
-            statistics = (zeros(batch, norm.num_groups, dtype=torch.float64, device=target),) * 2
-            self.states.append({"mean": statistics[0], "var": statistics[1].clone()})
-            if norm is not model.norm:
+            state: dict = {}
+            norm = layer if layer is model.norm else getattr(layer, "timestep_norm", None)
+            if isinstance(norm, TimestepNorm):
+                shape = (batch, norm.num_groups)
+                for name in ("mean", "var"):
+                    state[name] = zeros(shape, dtype=torch.float64, device=target)
+            if isinstance(layer, MegalodonDecoderLayer):
                 shape = (batch, config.hidden_size, config.cema_ndim, 2)
                 averages = zeros(shape, dtype=at_least_float32(like).dtype, device=target)
                 keys, values = (
                     zeros(batch, heads, chunk, width // heads, dtype=dtype, device=target)
                     for width in (config.z_dim, config.value_dim)
                 )
-                self.states[-1] |= {"cema": averages, "keys": keys, "values": values}
+                state |= {"cema": averages, "keys": keys, "values": values}
+            elif layer is not model.norm and layer.attention is not None:
+                shape = (batch, config.num_key_value_heads, self.max_length or 0, config.head_dim)
+                for name in ("keys", "values"):
+                    state[name] = zeros(shape, dtype=dtype, device=target)
+            self.states.append(state)
         if not torch.compiler.is_compiling():
             for tensor in (self.seen, self.columns, *(z for s in self.states for z in s.values())):
                 torch._dynamo.mark_static_address(tensor)
+
+    def make_room(self, steps: int) -> None:
+        """Gives attention layers slots for a piece of so many steps.
+
+        Raises:
+            ValueError: max_length is passed.
+        """
+        if not self.attention:
+            return
+        if self.max_length is not None:
+            require(
+                self.seen.max() + steps <= self.max_length,
+                f"The cache was made for {self.max_length} steps and is full; make it with a "
+                "larger max_length.",
+            )
+            return
+        # What no row is beyond, without a look at the device.
+        self.room += steps
+        for layer in self.attention:
+            state = self.states[layer]
+            held = state["keys"].shape[2]
+            if held < self.room:
+                more = max(self.room - held, held // 4)
+                for name in ("keys", "values"):
+                    state[name] = F.pad(state[name], (0, 0, 0, more))
 
     def __len__(self) -> int:
         return self.num_layers
@@ -117,14 +199,17 @@ class MegalodonCache(Cache):
             self.columns.zero_()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is none."""
-        return -1
+        """How many steps fit; -1 where there is no bound."""
+        return -1 if self.max_length is None else self.max_length
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, in this order."""
         if self.seen is None:
             return
         self.seen = self.seen[indices.to(self.seen.device)]
+        self.snapshots = []
+        if self.again is not None:
+            self.again = self.again[indices.to(self.again.device)]
         for state in self.states:
             for name in ROWS & state.keys():
                 rows = state[name].index_select(0, indices.to(state[name].device))
@@ -140,16 +225,72 @@ class MegalodonCache(Cache):
             rows = torch.arange(len(self.seen), device=self.seen.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
+    def activate_past_recording(self, steps: int = RECORDED_STEPS) -> None:
+        """From here on `crop` can take back the last `steps` steps, and as many again once these
+        are fed anew.
+
+        The blocks' states are kept up to four times. Recorded rows take no padding.
+        """
+        self.recorded_steps = max(self.recorded_steps, steps)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` takes steps back."""
+        return self.recorded_steps > 0
+
+    def record(self, steps: Tensor) -> None:
+        """Notes what is remembered before a piece of embeddings [batch, length, D]."""
+        steps = steps.detach()
+        last = self.snapshots[-1].steps if self.snapshots else None
+        if last is not None and last.shape[1] + steps.shape[1] <= self.recorded_steps // 2:
+            # Feeding a few steps again costs less than another copy.
+            joined = torch.cat([last, steps], dim=1)
+            self.snapshots[-1] = self.snapshots[-1]._replace(steps=joined)
+        else:
+            states: list[dict] = [
+                {}
+                if layer in self.attention
+                else {name: state[name].clone() for name in ROWS & state.keys()}
+                for layer, state in enumerate(self.states)
+            ]
+            self.snapshots.append(Snapshot(states, self.seen.clone(), self.room, steps))
+        while sum(each.steps.shape[1] for each in self.snapshots[1:]) >= self.recorded_steps:
+            del self.snapshots[0]
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuses.
+        """Takes the last -tokens_to_remove steps back; of a positive number, all but so many.
 
         Raises:
-            ValueError: always.
+            ValueError: the cache has not recorded as many.
         """
-        raise ValueError(
-            "A MegalodonCache cannot be cropped, because running averages do not give back the "
-            "steps they are made of; take copy.deepcopy of the cache before steps to be undone."
-        )
+        count = -tokens_to_remove
+        if tokens_to_remove > 0:
+            count = max(0, self.get_seq_length() - tokens_to_remove)
+        held = sum(each.steps.shape[1] for each in self.snapshots)
+        held += 0 if self.again is None else self.again.shape[1]
+        if count > held:
+            raise ValueError(
+                f"{count} steps are to be taken back, of which the cache has recorded {held}; call "
+                f"activate_past_recording({count}) before they are fed."
+            )
+        if count:
+            self.columns.sub_(count)
+        while count:
+            if self.again is None:
+                self.again = self._return_to(self.snapshots.pop())
+            taken = min(count, self.again.shape[1])
+            self.again = self.again[:, : self.again.shape[1] - taken]
+            if not self.again.shape[1]:
+                self.again = None
+            count -= taken
+
+    def _return_to(self, snapshot: Snapshot) -> Tensor:
+        """Remembers what it did then; returns the steps since."""
+        for state, before in zip(self.states, snapshot.states, strict=True):
+            for name, value in before.items():
+                set_state(state, name, value)
+        self.seen, self.room = snapshot.seen.clone(), snapshot.room
+        return snapshot.steps
 
 
 # What a cache's state has for every row.
@@ -167,10 +308,6 @@ def set_state(state: dict, name: str, value: Tensor) -> None:
 def set_rows(state: dict, name: str, rows: Tensor, value: Tensor) -> None:
     """Puts rows in a tensor of a state."""
     set_state(state, name, state[name].index_copy(0, rows, value.to(state[name].dtype)))
-
-
-def in_place(tensor: Tensor) -> bool:
-    return not torch.is_grad_enabled() and not tensor.requires_grad
 
 
 class Span(NamedTuple):
@@ -192,6 +329,8 @@ class Span(NamedTuple):
     segments: segments.Segments | None = None
     real: segments.Segments | None = None
     numbers: list[int] | None = None
+    # What attention layers go by, where the model has any.
+    place: Place | None = None
 
 
 def make_span(
@@ -267,10 +406,6 @@ def make_segments(
     return table, table.take(real), real
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def at_row_ends(steps: Tensor, lengths: Tensor) -> Tensor:
     """steps[b, lengths[b]] of [batch, length + 1, ...]: what holds after a row's last step."""
     return steps[torch.arange(len(steps), device=steps.device), lengths]
@@ -285,13 +420,7 @@ class Float32Module(nn.Module):
     """Keeps its parameters in float32 when the model is cast to a narrower type."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
-        def keep_wide(tensor: Tensor) -> Tensor:
-            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            if probe.dtype in (torch.bfloat16, torch.float16):
-                return tensor.to(probe.device, torch.float32)
-            return fn(tensor)
-
-        return super()._apply(keep_wide, recurse)
+        return super()._apply(never_narrow(fn), recurse)
 
 
 def float32_zeros(*shape: int) -> nn.Parameter:
@@ -306,7 +435,7 @@ class TimestepNorm(Float32Module):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
-        self.num_groups, self.eps = config.norm_num_groups, config.norm_eps
+        self.num_groups, self.eps = cast(int, config.norm_num_groups), config.norm_eps
         self.weight = float32_zeros(config.hidden_size)
         self.bias = float32_zeros(config.hidden_size)
 
@@ -355,9 +484,7 @@ class TimestepNorm(Float32Module):
         step_var, step_mean = torch.var_mean(groups, dim=-1, correction=0)
         count = (span.seen + span.lengths).clamp_min(1)
         share = (span.lengths / count.double())[:, None]
-        off = step_mean - state["mean"]
-        mean = torch.addcmul(state["mean"], off, share)
-        var = state["var"].lerp(torch.addcmul(step_var, off * (1 - share), off), share)
+        mean, var = joined_statistics(state["mean"], state["var"], step_mean, step_var, share)
         set_state(state, "mean", mean)
         set_state(state, "var", var)
         normed = (groups - mean[..., None]) * (var + self.eps).rsqrt()[..., None]
@@ -379,12 +506,20 @@ class TimestepNorm(Float32Module):
                 span.real.tensor(name, x.device) for name in ("row", "length", "position")
             )
             share = (length / (position + length).double())[:, None]
-            held_mean, held_var = state["mean"][rows], state["var"][rows]
-            off = mean - held_mean
-            var = held_var.lerp(var + (1 - share) * off.square(), share)
+            held = state["mean"][rows], state["var"][rows]
+            mean, var = joined_statistics(*held, mean, var, share)
+            set_rows(state, "mean", rows, mean)
             set_rows(state, "var", rows, var)
-            set_rows(state, "mean", rows, held_mean + share * off)
         return y
+
+
+def joined_statistics(
+    mean: Tensor, var: Tensor, more_mean: Tensor, more_var: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of steps and of more, which are `share` of all, by those of either."""
+    off = more_mean - mean
+    joined = torch.addcmul(more_var, off * (1 - share), off)
+    return torch.addcmul(mean, off, share), var.lerp(joined, share)
 
 
 class RMSNorm(Float32Module):
@@ -718,29 +853,38 @@ def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """(silu(u W1) * (u W3)) W2, or silu(u W1) W2 without SwiGLU, and the optional rescaling."""
+    """(silu(u W1) * (u W3)) W2, or silu(u W1) W2 without SwiGLU, and the optional rescaling.
 
-    def __init__(self, config: MegalodonConfig, layer_index: int) -> None:
+    Of a block with experts it has the rescaling alone.
+    """
+
+    def __init__(self, config: MegalodonConfig, layer_index: int, of_experts: bool = False) -> None:
         super().__init__()
         self.config = config
         width, hidden = config.hidden_size, config.intermediate_size
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False) if config.swiglu else None
+        if not of_experts:
+            self.w1 = nn.Linear(width, hidden, bias=False)
+            self.w2 = nn.Linear(hidden, width, bias=False)
+            self.w3 = nn.Linear(width, hidden, bias=False) if config.swiglu else None
         self.rescale = Rescale(config, layer_index) if config.rescale_nffn else None
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = self.w1(u)
         hidden = F.silu(hidden) if self.w3 is None else gated_silu(hidden, self.w3(u))
-        output = self.w2(F.dropout(hidden, self.config.hidden_dropout, self.training))
+        return self.finish(self.w2(F.dropout(hidden, self.config.hidden_dropout, self.training)))
+
+    def finish(self, output: Tensor) -> Tensor:
+        """Dropout and the rescaling."""
         output = F.dropout(output, self.config.dropout, self.training)
         return output if self.rescale is None else self.rescale(output)
 
 
 class MegalodonDecoderLayer(GradientCheckpointingLayer):
-    """One block; see the top of this file."""
+    """One block, its FFN made of experts or not; see the top of this file."""
 
-    def __init__(self, config: MegalodonConfig, layer_index: int) -> None:
+    def __init__(
+        self, config: MegalodonConfig, layer_index: int, with_experts: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -754,7 +898,8 @@ class MegalodonDecoderLayer(GradientCheckpointingLayer):
         self.wh1 = nn.Linear(width, width)
         self.wh2 = nn.Linear(config.value_dim, width, bias=False)
         self.ffn_norm = LayerNorm(config)
-        self.ffn = FeedForward(config, layer_index)
+        self.ffn = FeedForward(config, layer_index, with_experts)
+        self.experts, self.shared_expert = experts_of(config) if with_experts else (None, None)
 
     def forward(self, x: Tensor, span: Span, state: dict | None = None) -> Tensor:
         """[batch, length, D] to the same; updates the state."""
@@ -770,19 +915,62 @@ class MegalodonDecoderLayer(GradientCheckpointingLayer):
         gated = gated_silu(self.wr(m), a.flatten(2))
         update = self.wh1(m) + self.wh2(F.dropout(gated, config.hidden_dropout, self.training))
         y = x + F.dropout(update, config.dropout, self.training)
-        return x + self.ffn(self.ffn_norm(y))
+        u = self.ffn_norm(y)
+        if self.experts is None:
+            return x + self.ffn(u)
+        return x + self.ffn.finish(mixture(self, u))
+
+
+class MegalodonPlainLayer(GradientCheckpointingLayer):
+    """x + f(norm(x)), f attention over the document (`*`), an MLP (`-`) or experts (`E`)."""
+
+    def __init__(self, config: MegalodonConfig, symbol: str) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.norm = (RMSNorm if config.normalization == "RMSNorm" else LayerNorm)(config)
+        self.attention = DocumentAttention(config) if symbol == "*" else None
+        sizes = (config.hidden_size, config.intermediate_size, config.linear_bias)
+        self.ffn = GatedMLP(*sizes) if symbol == "-" else None
+        self.experts, self.shared_expert = experts_of(config) if symbol == "E" else (None, None)
+
+    def forward(self, x: Tensor, span: Span, state: dict | None = None) -> Tensor:
+        """[batch, length, D] to the same; updates the state."""
+        u = self.norm(x)
+        if self.attention is not None:
+            update = self.attention(u, span.place, state)
+        else:
+            update = mixture(self, u) if self.ffn is None else self.ffn(u)
+        return x + F.dropout(update, self.dropout, self.training)
+
+
+def experts_of(config: MegalodonConfig) -> tuple[Experts, SharedExpert | None]:
+    """A layer's experts, and the one for every token where there is one."""
+    shared = config.shared_expert_intermediate_size
+    return Experts(config), SharedExpert(config) if shared else None
+
+
+def mixture(layer: MegalodonDecoderLayer | MegalodonPlainLayer, u: Tensor) -> Tensor:
+    """A layer's experts of [batch, length, D], shared or not."""
+    output = layer.experts(u)
+    return output if layer.shared_expert is None else output + layer.shared_expert(u)
+
+
+def layer_of(config: MegalodonConfig, index: int) -> MegalodonDecoderLayer | MegalodonPlainLayer:
+    """A model's layer, by its symbol."""
+    symbol = config.symbols[index]
+    if symbol in "MX":
+        return MegalodonDecoderLayer(config, index, symbol == "X")
+    return MegalodonPlainLayer(config, symbol)
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
     config_class = MegalodonConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MegalodonDecoderLayer"]
+    _no_split_modules = ["MegalodonDecoderLayer", "MegalodonPlainLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["cema", "norm", "query_key", "rescale"]
+    _keep_in_fp32_modules_strict = ["cema", "norm", "query_key", "rescale", "router_bias"]
     _supports_sdpa = True
-    # Steps cannot be taken back; generation then refuses what would have to.
-    _is_stateful = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -790,10 +978,12 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
             std = 1 / math.sqrt(self.config.hidden_size)
             init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
-        elif isinstance(module, nn.Linear):
-            self._init_projection(module)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | Experts):
+            for weight, *fans in projections(module):
+                self._init_projection(weight, *fans)
+            bias = module.router_bias if isinstance(module, Experts) else module.bias
+            if bias is not None:
+                init.zeros_(bias)
         elif isinstance(module, Rescale):
             init.constant_(module.weight, module.start)
         elif isinstance(module, ComplexEMA):
@@ -810,25 +1000,25 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             for parameter in module.parameters():
                 init.zeros_(parameter)
 
-    def _init_projection(self, module: nn.Linear) -> None:
-        mode, fans = self.config.megalodon_init_mode, (module.in_features, module.out_features)
+    def _init_projection(self, weight: Tensor, fan_in: int, fan_out: int) -> None:
+        mode = self.config.megalodon_init_mode
         if mode == "xavier":
-            bound = math.sqrt(6 / sum(fans))
-            init.uniform_(module.weight, a=-bound, b=bound)
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            init.uniform_(weight, a=-bound, b=bound)
         elif mode == "gaussian":
-            init.trunc_normal_(module.weight, std=1.0, a=-3.0, b=3.0)
+            init.trunc_normal_(weight, std=1.0, a=-3.0, b=3.0)
         else:
-            init.normal_(module.weight, std=0.02 if mode == "bert" else 1 / math.sqrt(3 * fans[0]))
+            init.normal_(weight, std=0.02 if mode == "bert" else 1 / math.sqrt(3 * fan_in))
 
 
 class MegalodonModel(MegalodonPreTrainedModel):
-    """Embedding, blocks and final TimestepNorm."""
+    """Embedding, layers and final TimestepNorm."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            MegalodonDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+            layer_of(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = TimestepNorm(config)
         self.gradient_checkpointing = False
@@ -891,6 +1081,10 @@ class MegalodonModel(MegalodonPreTrainedModel):
                     "use_cache and past_key_values."
                 )
             cache = None
+        behind = 0
+        if cache is not None and cache.recorded_steps:
+            inputs, behind = self._after_what_is_fed_again(inputs, real, cache)
+            length, decoding, real = inputs.shape[1], inputs.shape[1] == 1, None
 
         # Real steps go to the front of their rows; `step` says where each column's went.
         compiling = torch.compiler.is_compiling()
@@ -914,15 +1108,20 @@ class MegalodonModel(MegalodonPreTrainedModel):
         if cuts and not compiling:
             piece = self.config.piece_length
             bounds = [0, *range(piece - anchor % piece, longest, piece), longest]
-        columns: slice | Tensor = slice(None)
+            recorded = cache.recorded_steps
+            if 0 < recorded < longest:
+                bounds = sorted({*bounds, longest - recorded})
+        columns: slice | Tensor = slice(behind, None)
         if isinstance(positions_to_keep, Tensor):
-            columns = positions_to_keep
+            columns = positions_to_keep + behind
         elif positions_to_keep:
             columns = slice(-positions_to_keep, None)
         kept_step, output = step[:, columns], None
         hidden_states = [] if output_hidden_states else None
         for first, stop in pairwise(bounds):
             own = None if lengths is None else (lengths - first).clamp(0, stop - first)
+            if cache is not None and cache.recorded_steps:
+                cache.record(inputs[:, first:stop])
             x = self._run(inputs[:, first:stop], own, cache, starts, samples, hidden_states)
             if starts is not None:
                 steps = [stop - first] * batch if own is None else own.tolist()
@@ -932,12 +1131,33 @@ class MegalodonModel(MegalodonPreTrainedModel):
             else:
                 output = put_back(x, kept_step - first, output)
         if output_hidden_states:
-            hidden_states = tuple(put_back(x, step) for x in hidden_states)
+            hidden_states = tuple(put_back(x, step[:, behind:]) for x in hidden_states)
         if cache is not None:
-            cache.columns.add_(length)
+            cache.columns.add_(length - behind)
         return BaseModelOutputWithPast(
             last_hidden_state=output, past_key_values=cache, hidden_states=hidden_states
         )
+
+    def _after_what_is_fed_again(
+        self, inputs: Tensor, real: Tensor | None, cache: MegalodonCache
+    ) -> tuple[Tensor, int]:
+        """A piece's embeddings behind those that the cache has to be fed again; how many these are.
+
+        Raises:
+            ValueError: the piece has padding.
+        """
+        if real is not None and not real.all():
+            raise ValueError(
+                "attention_mask has zeros, but the cache records steps so that they can be taken "
+                "back; give rows without padding, or a cache that records none."
+            )
+        x = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
+        if not cache.states:
+            cache.allocate(self, x)
+        again, cache.again = cache.again, None
+        if again is None:
+            return x, 0
+        return torch.cat([again.to(x), x], dim=1), again.shape[1]
 
     def _run(
         self,
@@ -967,6 +1187,13 @@ class MegalodonModel(MegalodonPreTrainedModel):
             cache.allocate(self, x)
         seen = x.new_zeros(len(x), dtype=torch.int64) if cache is None else cache.seen
         span = make_span(self.config, seen, lengths, x, cache is not None, starts, samples)
+        if "*" in self.config.symbols:
+            room = None
+            if cache is not None:
+                cache.make_room(x.shape[1])
+                room = cache.room
+            place = make_place(self.config, seen, x, room, starts, samples)
+            span = span._replace(place=place)
         states = [None] * (len(self.layers) + 1) if cache is None else cache.states
         for layer, state in zip((*self.layers, self.norm), states, strict=True):
             if hidden_states is not None and layer is not self.norm:
@@ -1095,7 +1322,7 @@ def sample_starts(name: str, value: Tensor, batch: int, length: int) -> Tensor:
     Raises:
         ValueError: it does not fit.
     """
-    starts = torch.zeros(batch, length, dtype=torch.bool)
+    starts = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
     if name == "seq_idx":
         if tuple(value.shape) != (batch, length):
             raise ValueError(
@@ -1222,7 +1449,12 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
         return labels
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: object
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: object = None,
+        batch_size: int | None = None,
+        max_cache_length: int | None = None,
     ) -> None:
         """Makes the cache for `generate`, which calls this: Megalodon has one kind."""
         if generation_config.cache_implementation not in (None, "dynamic", "static"):
@@ -1232,7 +1464,12 @@ class MegalodonForCausalLM(MegalodonPreTrainedModel, GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             static = generation_config.cache_implementation == "static"
-            model_kwargs["past_key_values"] = MegalodonCache(self.config, static)
+            length = max_cache_length if static else None
+            cache = MegalodonCache(self.config, static, length)
+            model_kwargs["past_key_values"] = cache
+            assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+            if assisted or generation_config.is_assistant:
+                cache.activate_past_recording()
 
     def prepare_inputs_for_generation(
         self, *args: object, inputs_embeds: Tensor | None = None, **kwargs: object

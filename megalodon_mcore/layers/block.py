@@ -19,7 +19,8 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.config import MegalodonConfig, layers_of_a_depth
+from megalodon_mcore.layers.expert_feed_forward import ExpertFeedForward
 from megalodon_mcore.layers.feed_forward import MegalodonFeedForward
 from megalodon_mcore.layers.mixer import MegalodonMixer
 from megalodon_mcore.layers.norms import TimestepNorm
@@ -31,6 +32,8 @@ from megalodon_mcore.parallel.shared_parameters import mark_sequence_parallel
 
 class MegalodonLayer(MegatronModule, BaseTransformerLayer):
     """One block with the two-hop residual: y = x + mixer(x), out = x + FFN(y).
+
+    Whether the FFN is a mixture of experts is for the layer's symbol in the configuration to say.
 
     The first layer also scales the embedding, where the configuration asks for it: Megatron's
     embedding has no such option, and nothing lies between the two.
@@ -46,19 +49,38 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
+        add_layer_offset: bool = True,
+        divides_rows: bool = True,
+        pp_layer_offset: int = 0,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
     ) -> None:
+        """With divides_rows, packed hidden states leave as the rows that stages exchange.
+
+        A hybrid stack numbers its layers from the model's first (without add_layer_offset), and
+        says where its own start and what a layer is called, which nothing here needs. Layers that
+        predict further tokens (is_mtp_layer) are numbered from 1 by themselves; they are of the
+        kind of the model's last block.
+        """
         super().__init__(config=config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.layer_number = layer_number + get_transformer_layer_offset(
-            config, vp_stage, get_pg_rank(pg_collection.pp)
-        )
+        self.layer_number, self.divides_rows = layer_number, divides_rows
+        if add_layer_offset and not is_mtp_layer:
+            self.layer_number += get_transformer_layer_offset(
+                config, vp_stage, get_pg_rank(pg_collection.pp)
+            )
         self.embedding_scale = (
             math.sqrt(config.hidden_size)
-            if megalodon.scale_embedding and self.layer_number == 1
+            if megalodon.scale_embedding and self.layer_number == 1 and not is_mtp_layer
             else None
         )
+        symbol = megalodon.symbols[self.layer_number - 1]
+        if is_mtp_layer:
+            symbol = layers_of_a_depth(None, megalodon.symbols)
+        selective = config.recompute_granularity == "selective"
+        # Experts are recomputed by themselves, as Megatron's "moe".
         self.recompute_feed_forward = (
-            config.recompute_granularity == "selective" and "mlp" in config.recompute_modules
+            selective and symbol == "M" and "mlp" in config.recompute_modules
         )
         self.parallel = ModelParallel(
             pg_collection, config.sequence_parallel, sequence_order, documents
@@ -72,7 +94,10 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             "device": parameter_device(config),
         }
         self.mixer = MegalodonMixer(**common)
-        self.feed_forward = MegalodonFeedForward(layer_number=self.layer_number, **common)
+        kind = ExpertFeedForward if symbol == "X" else MegalodonFeedForward
+        self.feed_forward = kind(
+            layer_number=self.layer_number, is_mtp_layer=is_mtp_layer, **common
+        )
 
     def forward(
         self,
@@ -95,7 +120,7 @@ class MegalodonLayer(MegatronModule, BaseTransformerLayer):
             )
         documents = self.parallel.documents
         documents.set(packed_seq_params, self.parallel.cp_group)
-        if documents.packed:
+        if documents.packed and self.divides_rows:
             # A pipeline's stages exchange the one row in the shape of those it was made of.
             rows = self.parallel.rows(hidden_states)
             hidden_states = hidden_states.reshape(-1, rows, hidden_states.shape[-1])

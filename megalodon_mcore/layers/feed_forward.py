@@ -15,7 +15,7 @@ from megalodon_mcore.layers.float32_module import Float32Module
 from megalodon_mcore.layers.initialization import weight_initializer
 from megalodon_mcore.layers.norms import LayerNormParameters
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
-from megalodon_mcore.parallel import dropout_rng
+from megalodon_mcore.parallel import random_states
 from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
 from megalodon_mcore.parallel.tensor_split import TensorSplit
@@ -35,11 +35,69 @@ class Rescale(Float32Module):
         return (hidden_states * self.weight).to(hidden_states.dtype)
 
 
-class MegalodonFeedForward(MegatronModule):
+class FeedForward(MegatronModule):
+    """What a block's feed-forward networks have in common: how they end, and their entries.
+
+    `symbol` is that of the layers that have one of a kind.
+    """
+
+    symbol: str
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        megalodon: MegalodonConfig,
+        pg_collection: ProcessGroupCollection,
+        parallel: ModelParallel,
+    ) -> None:
+        super().__init__(config=config)
+        self.megalodon = megalodon
+        self.split = TensorSplit(pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel)
+
+    def _complete(self, layer_number: int, is_mtp_layer: bool, device: torch.device) -> None:
+        """Makes what comes last, and marks all parameters; those of experts Megatron has marked.
+
+        Layers that predict further tokens follow the model's own.
+        """
+        before = self.config.num_layers if is_mtp_layer else 0
+        start = 0.1 * 0.5 ** (before + layer_number - 1)
+        self.rescale = None
+        if self.megalodon.rescale_nffn:
+            self.rescale = Rescale(self.config.hidden_size, start, device)
+        mark_parameters(self, "feed_forward.", self.megalodon, self.split, self.symbol)
+
+    def _end(self, output: Tensor) -> Tensor:
+        output = F.dropout(output, self.config.hidden_dropout, self.training)
+        return output if self.rescale is None else self.rescale(output)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> dict:
+        """Megatron's entries, with W1 and W3 each cut over the ranks, as in Megatron's own MLP."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return sharded_by_table(
+            self,
+            "feed_forward.",
+            self.megalodon,
+            self.split,
+            sharded,
+            sharded_offsets,
+            metadata,
+            prefix,
+            self.symbol,
+        )
+
+
+class MegalodonFeedForward(FeedForward):
     """LayerNorm, then (silu(u W1) * (u W3)) W2, or silu(u W1) W2 without SwiGLU; no biases.
 
     With SwiGLU `linear_fc1` holds W1 over W3, as Megatron's own MLP does.
     """
+
+    symbol = "M"
 
     def __init__(
         self,
@@ -50,11 +108,10 @@ class MegalodonFeedForward(MegatronModule):
         pg_collection: ProcessGroupCollection,
         parallel: ModelParallel,
         device: torch.device,
+        is_mtp_layer: bool = False,
     ) -> None:
-        super().__init__(config=config)
-        self.megalodon = megalodon
+        super().__init__(config, megalodon, pg_collection, parallel)
         self.tp_group = pg_collection.tp
-        self.split = TensorSplit(pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel)
         hidden_size, ffn_size = config.hidden_size, config.ffn_hidden_size
         self.swiglu = config.gated_linear_unit
         self.norm = submodules.feed_forward_norm(hidden_size, config.layernorm_epsilon, device)
@@ -80,12 +137,7 @@ class MegalodonFeedForward(MegatronModule):
             tp_comm_buffer_name="fc2",
             tp_group=pg_collection.tp,
         )
-        self.rescale = (
-            Rescale(hidden_size, 0.1 * 0.5 ** (layer_number - 1), device)
-            if megalodon.rescale_nffn
-            else None
-        )
-        mark_parameters(self, "feed_forward.", megalodon, self.split)
+        self._complete(layer_number, is_mtp_layer, device)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[length, batch, hidden_size] to the FFN's output, rescaled, without the residual."""
@@ -95,27 +147,7 @@ class MegalodonFeedForward(MegatronModule):
             normalized = self.norm(hidden_states).to(self.config.params_dtype)
             hidden, _ = self.linear_fc1(normalized)
         hidden = swiglu(hidden) if self.swiglu else F.silu(hidden)
-        with dropout_rng.for_own_part(self.split):
+        with random_states.for_own_part(self.split):
             hidden = F.dropout(hidden, self.megalodon.hidden_dropout, self.training)
         output, _ = self.linear_fc2(hidden)
-        output = F.dropout(output, self.config.hidden_dropout, self.training)
-        return output if self.rescale is None else self.rescale(output)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
-    ) -> dict:
-        """Megatron's entries, with W1 and W3 each cut over the ranks, as in Megatron's own MLP."""
-        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return sharded_by_table(
-            self,
-            "feed_forward.",
-            self.megalodon,
-            self.split,
-            sharded,
-            sharded_offsets,
-            metadata,
-            prefix,
-        )
+        return self._end(output)

@@ -21,7 +21,7 @@ from megalodon_mcore.layers.initialization import weight_initializer
 from megalodon_mcore.layers.norms import RMSNorm, TimestepNorm
 from megalodon_mcore.layers.query_key import QueryKey
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
-from megalodon_mcore.parallel import dropout_rng
+from megalodon_mcore.parallel import random_states
 from megalodon_mcore.parallel.chunk_prefix import with_chunk_prefixes
 from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
@@ -60,14 +60,15 @@ class MegalodonMixer(MegatronModule):
         )
 
         self.timestep_norm = TimestepNorm(hidden_size, megalodon.norm_num_groups, eps, device)
-        self.cema = ComplexEMA(
-            hidden_size,
-            megalodon.cema_ndim,
-            device,
-            initialize=config.perform_initialization,
-            share=split.rank,
-            shares=split.size,
-        )
+        with random_states.for_first_values(config):
+            self.cema = ComplexEMA(
+                hidden_size,
+                megalodon.cema_ndim,
+                device,
+                initialize=config.perform_initialization,
+                share=split.rank,
+                shares=split.size,
+            )
         self.cema_norm = RMSNorm(hidden_size, eps, device)
         self.query_key = QueryKey(
             split.heads,
@@ -130,7 +131,7 @@ class MegalodonMixer(MegatronModule):
         shards = self.parallel.context_shards(*normalized.shape[:2])
         averages = self.cema(split.own_channels(normalized), shards)
         mixed = self.cema_norm(split.all_channels(averages))
-        with dropout_rng.for_common_part(split):
+        with random_states.for_common_part(split):
             mixed = F.dropout(mixed, hidden_dropout, self.training)
 
         projections = (self.linear_z(mixed)[0], self.linear_v(normalized)[0])
@@ -150,7 +151,7 @@ class MegalodonMixer(MegatronModule):
         value = F.silu(value).unflatten(-1, (self.split.heads, -1))
         # Ranks that share a head drop the same of its weights.
         attention_rng = (
-            dropout_rng.for_common_part if self.split.shares_heads else dropout_rng.for_own_part
+            random_states.for_common_part if self.split.shares_heads else random_states.for_own_part
         )
         query, key = self.query_key(z, shards.segments)
         key, value, before = with_chunk_prefixes(shards, key, value, self.megalodon.chunk_size)
@@ -165,7 +166,7 @@ class MegalodonMixer(MegatronModule):
                 dropout_p=self.config.attention_dropout if self.training else 0.0,
             )
         gated = gated_silu(gate, attended.flatten(-2))
-        with dropout_rng.for_own_part(self.split):
+        with random_states.for_own_part(self.split):
             return F.dropout(gated, self.megalodon.hidden_dropout, self.training)
 
     def sharded_state_dict(

@@ -20,7 +20,8 @@ class MegalodonLayerSubmodules:
     """Builders by the name of the layer they build, called with the arguments of Megatron's own.
 
     `linear_fc1` is called with the normalized hidden states; where `feed_forward_norm` is a
-    LayerNormParameters, with the hidden states and the norm's weight and bias.
+    LayerNormParameters, with the hidden states and the norm's weight and bias. The last two are of
+    blocks with experts.
     """
 
     linear_z: Builder = ColumnParallelLinear
@@ -30,6 +31,9 @@ class MegalodonLayerSubmodules:
     feed_forward_norm: Builder = LayerNorm
     linear_fc1: Builder = ColumnParallelLinear
     linear_fc2: Builder = RowParallelLinear
+    expert_norm: Builder = LayerNorm
+    experts: Builder | None = None
+    """A mixture of experts, called as Megatron calls one; None in models without."""
 
 
 LINEAR_LAYERS = tuple(

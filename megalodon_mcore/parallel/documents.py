@@ -181,5 +181,5 @@ def partitioned_indices(cu_seqlens: Tensor, total_tokens: int, size: int, rank: 
     if bounds[-1] > total_tokens:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]}, but the row has {total_tokens} tokens.")
     layout = sequence_layout(DOCUMENT_ZIGZAG, size, 1, _closed(bounds, total_tokens))
-    parts = [torch.arange(span.start, span.stop) for span in layout.spans[rank]]
+    parts = [torch.arange(span.start, span.stop, device="cpu") for span in layout.spans[rank]]
     return torch.cat(parts).to(torch.int32).to(cu_seqlens.device)

@@ -21,7 +21,11 @@ from megalodon_mcore.parameters import Row, checkpoint_suffix, rows_by_parameter
 
 
 def mark_parameters(
-    module: nn.Module, prefix: str, config: MegalodonConfig, split: TensorSplit
+    module: nn.Module,
+    prefix: str,
+    config: MegalodonConfig,
+    split: TensorSplit,
+    symbol: str = "M",
 ) -> None:
     """Tells Megatron, Muon and autograd how ranks hold a module's parameters.
 
@@ -30,8 +34,9 @@ def mark_parameters(
         prefix: what the module's names have before them in the table.
         config: of the model.
         split: of the ranks that share the layer.
+        symbol: the layer's.
     """
-    for name, rows in rows_by_parameter(prefix, config).items():
+    for name, rows in rows_by_parameter(prefix, config, symbol).items():
         parameter, row = module.get_parameter(name), rows[0]
         shared = row.by_heads and split.shares_heads
         if parameter.dim() == 2 and not row.float32 and (len(rows) > 1 or shared):
@@ -60,6 +65,7 @@ def sharded_by_table(
     offsets: Offsets,
     metadata: dict | None,
     key_prefix: str,
+    symbol: str = "M",
 ) -> dict:
     """Megatron's entries of a module's checkpoint, with those that its defaults get wrong replaced.
 
@@ -72,9 +78,10 @@ def sharded_by_table(
         offsets: Megatron's sharded_offsets.
         metadata: Megatron's.
         key_prefix: what keys have before the module's names.
+        symbol: the layer's.
     """
     group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
-    for name, rows in rows_by_parameter(prefix, config).items():
+    for name, rows in rows_by_parameter(prefix, config, symbol).items():
         key, row = key_prefix + name, rows[0]
         if row.part is not None and row.part.axis == 1:
             _, columns = _parts(rows, config, split)

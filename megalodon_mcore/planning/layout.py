@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 
+from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.parallel.sequence_layout import (
     ORDERS_OF_ROWS,
     SequenceLayout,
@@ -12,8 +13,8 @@ from megalodon_mcore.parallel.sequence_layout import (
 )
 
 RECOMPUTE = ("none", "selective", "full")
-"""Megatron's --recompute-granularity: selective with --recompute-modules core_attn mlp, full with
---recompute-method uniform --recompute-num-layers 1."""
+"""Megatron's --recompute-granularity: selective with --recompute-modules core_attn mlp, and moe
+where there are experts, full with --recompute-method uniform --recompute-num-layers 1."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ParallelLayout:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    """Ranks of those cp * dp that have different experts of a layer."""
     micro_batch_size: int = 1
     sequence_parallel: bool = True
     order: str = "contiguous"
@@ -45,6 +48,11 @@ class ParallelLayout:
         return self.dp * self.cp
 
     @property
+    def expert_gradient_ranks(self) -> int:
+        """Of those, the ranks that hold the same experts."""
+        return self.gradient_ranks // self.ep
+
+    @property
     def splits_residual(self) -> bool:
         """Whether tensor-parallel ranks hold different positions of the residual stream."""
         return self.sequence_parallel and self.tp > 1
@@ -58,27 +66,43 @@ class ParallelLayout:
         """The positions of every context-parallel rank."""
         return sequence_layout(self.order, self.cp, 1, (0, self.seq_length))
 
-    def stage_layers(self, num_layers: int, stage: int) -> int:
-        """Layers of a pipeline stage."""
-        return self.layers_by_stage[stage] if self.layers_by_stage else num_layers // self.pp
+    def stage_symbols(self, symbols: str, stage: int) -> str:
+        """The layers of a pipeline stage, of a model's."""
+        counts = self.layers_by_stage or (len(symbols) // self.pp,) * self.pp
+        return symbols[sum(counts[:stage]) :][: counts[stage]]
 
-    def check(self, num_layers: int) -> None:
+    def check(self, config: MegalodonConfig) -> None:
         """Checks what no argument of Megatron's stands for; the rest is `validation`'s.
 
         Raises:
             ValueError: the first value that does not fit; one sentence names it and what would do.
         """
-        for name in ("seq_length", "tp", "pp", "cp", "dp", "micro_batch_size"):
+        for name in ("seq_length", "tp", "pp", "cp", "dp", "ep", "micro_batch_size"):
             value = getattr(self, name)
             if value < 1:
                 argument = name.replace("_", "-")
                 raise ValueError(f"--{argument} is {value}; it takes a positive integer.")
-        stages = self.layers_by_stage
-        if stages and (len(stages) != self.pp or sum(stages) != num_layers or min(stages) < 1):
+        stages, layers = self.layers_by_stage, config.num_layers
+        if stages and (len(stages) != self.pp or sum(stages) != layers or min(stages) < 1):
             raise ValueError(
                 f"--layers-by-stage is {' '.join(map(str, stages))}; for --pp {self.pp} it takes "
-                f"{self.pp} positive integers that add up to the {num_layers} layers."
+                f"{self.pp} positive integers that add up to the {layers} layers."
             )
+        if self.ep > 1:
+            self._check_experts(config)
+
+    def _check_experts(self, config: MegalodonConfig) -> None:
+        if not config.has("num_experts"):
+            raise ValueError(f"--ep is {self.ep}, but the model has no experts; leave it out.")
+        for name, ranks_or_experts in (
+            ("--num-experts", config.num_experts),
+            ("--dp times --cp", self.gradient_ranks),
+        ):
+            if ranks_or_experts % self.ep:
+                raise ValueError(
+                    f"--ep is {self.ep}, which does not divide {name}, {ranks_or_experts}; take a "
+                    "divisor."
+                )
 
 
 def add_layout_arguments(parser: ArgumentParser) -> None:
@@ -91,6 +115,7 @@ def add_layout_arguments(parser: ArgumentParser) -> None:
         ("pp", "Pipeline stages (1)."),
         ("cp", "Context-parallel ranks (1)."),
         ("dp", "Data-parallel replicas (1)."),
+        ("ep", "Expert-parallel ranks, of those dp * cp (1)."),
         ("seq-length", "Tokens of a sequence, the whole of it; needed for a plan."),
         ("micro-batch-size", "Sequences in a micro-batch (1)."),
     ):
@@ -115,14 +140,30 @@ def add_layout_arguments(parser: ArgumentParser) -> None:
         group.add_argument(f"--{name}", action=BooleanOptionalAction, help=meaning)
 
 
-def layout_from(args: Namespace) -> ParallelLayout | None:
-    """The planned layout; None where no option asks for one.
+def layout_from(args: Namespace, stages: tuple[int, ...] | None = None) -> ParallelLayout | None:
+    """The planned layout; None where nothing asks for one.
+
+    Args:
+        args: with the options of `add_layout_arguments`.
+        stages: the layers of each pipeline stage, where a pattern says them.
 
     Raises:
-        ValueError: there are options but no length.
+        ValueError: there are options but no length, or other stages than the pattern's.
     """
     names = [name for name in ParallelLayout.__dataclass_fields__ if name != "bf16"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if stages:
+        if "layers_by_stage" in given:
+            raise ValueError(
+                f"--layers-by-stage is {' '.join(map(str, given['layers_by_stage']))}, but "
+                "--hybrid-layer-pattern names the stages with |; leave one of them out."
+            )
+        if given.get("pp", len(stages)) != len(stages):
+            raise ValueError(
+                f"--pp is {given['pp']}, but --hybrid-layer-pattern has {len(stages)} stages; take "
+                f"--pp {len(stages)}."
+            )
+        given |= {"pp": len(stages), "layers_by_stage": stages}
     if not given:
         return None
     if "seq_length" not in given:

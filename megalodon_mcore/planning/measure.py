@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -25,7 +26,8 @@ BYTES_FLOAT32 = 4
 class KeptBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes of the storages that autograd keeps, a model's parameters aside.
 
-    `kept` has them by the innermost module that saved them, without the layer's number; `peak` is
+    `kept` has them by the innermost module that saved them, without the layer's number and an
+    expert's; `peak` is
     the most that there was of all.
     """
 
@@ -39,7 +41,8 @@ class KeptBytes(torch.autograd.graph.saved_tensors_hooks):
         self._times: Counter[int] = Counter()
         self._running = [""]
         for name, module in model.named_modules():
-            self._watch(re.sub(r"^decoder\.layers\.\d+", "layer", name), module)
+            name = re.sub(r"^decoder\.layers\.\d+", "layer", name)
+            self._watch(re.sub(r"\.local_experts\.\d+", "", name), module)
 
     def _watch(self, name: str, module: torch.nn.Module) -> None:
         def leave(*_: object) -> None:
@@ -87,7 +90,7 @@ class SentBytes(TorchDispatchMode):
         super().__init__()
         self.sent: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
-        self._names = _names_of_groups()
+        self._names = _GroupNames()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -107,7 +110,8 @@ class SentBytes(TorchDispatchMode):
             kind, sent = "all-reduce", 2 * (ranks - 1) * _bytes(written) // ranks
         elif name == "alltoall_base_":
             row = _bytes(read) // max(len(read), 1)
-            kind, sent = "all-to-all", row * (sum(args[4]) - args[4][group.rank()])
+            to_itself = args[4][group.rank()] if args[4] else len(read) // ranks
+            kind, sent = "all-to-all", row * (len(read) - to_itself)
         elif "gather" in name:
             kind, sent = "all-gather", (ranks - 1) * _bytes(read)
         elif "reduce_scatter" in name:
@@ -115,21 +119,41 @@ class SentBytes(TorchDispatchMode):
         else:
             raise AssertionError(f"{name} is not counted")
         if ranks > 1:
-            members = frozenset(torch.distributed.get_process_group_ranks(group))
-            key = kind, self._names.get(members, f"{ranks} ranks of a head")
+            key = kind, self._names.name(group)
             self.sent[key] += sent
             self.calls[key] += 1
 
 
-def _names_of_groups() -> dict[frozenset[int], str]:
-    groups = {
-        "DP x CP": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "TP x CP": parallel_state.get_tensor_and_context_parallel_group(),
-        "CP": parallel_state.get_context_parallel_group(),
-        "TP": parallel_state.get_tensor_model_parallel_group(),
-    }
-    members = torch.distributed.get_process_group_ranks
-    return {frozenset(members(group)): name for name, group in groups.items()}
+class _GroupNames:
+    """Names by a group's ranks; those of experts by the group itself, for others have its ranks."""
+
+    def __init__(self) -> None:
+        state = parallel_state
+        self._of_experts = {
+            group.group_name: name
+            for name, group in (
+                ("EP", state.get_expert_model_parallel_group()),
+                ("TP x EP", state.get_expert_tensor_and_model_parallel_group()),
+            )
+            if state.get_expert_model_parallel_world_size() > 1
+        }
+        groups = {
+            "DP x CP": state.get_data_parallel_group(with_context_parallel=True),
+            "TP x CP": state.get_tensor_and_context_parallel_group(),
+            "CP": state.get_context_parallel_group(),
+            "TP": state.get_tensor_model_parallel_group(),
+        }
+        self._by_ranks = {_ranks_of(group): name for name, group in groups.items()}
+
+    def name(self, group: torch.distributed.ProcessGroup) -> str:
+        """What the report calls it."""
+        if group.group_name in self._of_experts:
+            return self._of_experts[group.group_name]
+        return self._by_ranks.get(_ranks_of(group), f"{group.size()} ranks of a head")
+
+
+def _ranks_of(group: torch.distributed.ProcessGroup) -> frozenset[int]:
+    return frozenset(torch.distributed.get_process_group_ranks(group))
 
 
 def _bytes(tensors: Tensor | list[Tensor]) -> int:
@@ -142,6 +166,8 @@ class Measured:
 
     numbers: Counter = field(default_factory=Counter)
     """Parameters by dtype."""
+    experts: Counter = field(default_factory=Counter)
+    """Those of them that expert-parallel ranks do not share."""
     once: Counter = field(default_factory=Counter)
     """Bytes of gradients that a step sums over other groups than dp * cp, by which they are."""
     kept: Counter = field(default_factory=Counter)
@@ -167,15 +193,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layer, every pipeline stage that differs from others, and the rank that they are of."""
+    """Layers by symbol, every pipeline stage that differs, and the rank that they are of."""
 
-    layer: Measured
+    layers: dict[str, Measured]
     stages: dict[int, Measured]
     cp_rank: int
 
 
 def measure_plan(config: MegalodonConfig, layout: ParallelLayout) -> Plan:
-    """Runs stages of one layer, and one of two, which tells what each further layer takes.
+    """Runs stages of few layers, which tell what each further layer of a symbol takes.
 
     Args:
         config: the model; its vocabulary with padding.
@@ -186,24 +212,36 @@ def measure_plan(config: MegalodonConfig, layout: ParallelLayout) -> Plan:
     """
     check(config, layout)
     cp_rank = rank_with_most(layout, config.chunk_size)
-    # Replicas change nothing within a micro-batch.
-    world = dataclasses.replace(layout, dp=1)
+    # Replicas change nothing within a micro-batch, beyond those that share out experts.
+    world = dataclasses.replace(layout, dp=layout.ep // math.gcd(layout.ep, layout.cp))
 
-    def measure(stage: int, layers: int = 1) -> Measured:
+    @functools.cache
+    def measure(stage: int, layers: str) -> Measured:
         return measure_stage(config, world, stage, layers, cp_rank)
 
-    first = measure(0)
-    layer = measure(0, layers=2).plus(first, -1)
-    stages, known = {}, {0: first}
-    for stage in stages_that_differ(layout):
-        one = known.get(stage) or measure(stage)
-        stages[stage] = one.plus(layer, layout.stage_layers(config.num_layers, stage) - 1)
-    return Plan(layer, stages, cp_rank)
+    # No model is without a block.
+    block = "M" if "M" in config.symbols else "X"
+    layers = {}
+    for symbol in dict.fromkeys(config.symbols):
+        fewer = symbol if symbol == block else block + symbol
+        layers[symbol] = measure(0, fewer + symbol).plus(measure(0, fewer), -1)
+    stages = {}
+    for stage in stages_that_differ(layout, config.symbols):
+        missing = Counter(layout.stage_symbols(config.symbols, stage))
+        # The last ones are run again when most is kept.
+        one_each = sorted(missing, key=layout.stage_symbols(config.symbols, stage).rindex)
+        one_each = one_each if block in missing else [block, *one_each]
+        stages[stage] = measure(stage, "".join(one_each))
+        missing.subtract(one_each)
+        for symbol, times in missing.items():
+            stages[stage] = stages[stage].plus(layers[symbol], times)
+    return Plan(layers, stages, cp_rank)
 
 
-def stages_that_differ(layout: ParallelLayout) -> list[int]:
+def stages_that_differ(layout: ParallelLayout, symbols: str) -> list[int]:
     """All, where their layers do; else first, second and last, the second like those after it."""
-    if layout.layers_by_stage:
+    held = {layout.stage_symbols(symbols, stage) for stage in range(layout.pp)}
+    if layout.layers_by_stage or len(held) > 1:
         return list(range(layout.pp))
     return sorted({0, min(1, layout.pp - 1), layout.pp - 1})
 
@@ -220,7 +258,7 @@ def measure_stage(
     config: MegalodonConfig,
     layout: ParallelLayout,
     stage: int,
-    layers: int,
+    layers: str,
     cp_rank: int = 0,
 ) -> Measured:
     """Builds a stage as one rank has it and runs a micro-batch; the arguments are build_stage's."""
@@ -254,15 +292,18 @@ def measure_stage(
         if not is_first:
             measured.backward["send", "PP"] = received.nbytes
         measured.numbers = numbers_of(model)
+        measured.experts = numbers_of(model, experts_alone=True)
         measured.once = _summed_once(model, layout)
     return measured
 
 
-def numbers_of(model: torch.nn.Module) -> Counter:
-    """A model's parameters by dtype."""
+def numbers_of(model: torch.nn.Module, experts_alone: bool = False) -> Counter:
+    """A model's parameters by dtype, or those alone that expert-parallel ranks do not share."""
     numbers = Counter()
     for parameter in model.parameters():
-        numbers[parameter.dtype] += parameter.numel()
+        # Megatron's mark.
+        if not (experts_alone and getattr(parameter, "allreduce", True)):
+            numbers[parameter.dtype] += parameter.numel()
     return numbers
 
 
@@ -271,7 +312,10 @@ def _summed_once(model: torch.nn.Module, layout: ParallelLayout) -> Counter:
     for name, parameter in model.named_parameters():
         gradient = BYTES_FLOAT32 * parameter.numel()
         if getattr(parameter, "sequence_parallel", False):
-            once["norms over TP"] += all_reduced(gradient, layout.tp)
+            routes = "router." in name or name.endswith("gate_weight")
+            once["router over TP" if routes else "norms over TP"] += all_reduced(
+                gradient, layout.tp
+            )
         is_vocabulary = name.startswith(("embedding", "output_layer"))
         if is_vocabulary and model.share_embeddings_and_output_weights and layout.pp > 1:
             once["tied embedding over PP"] += all_reduced(gradient, 2)
@@ -283,25 +327,37 @@ def all_reduced(size: int, ranks: int) -> int:
     return 2 * (ranks - 1) * size // ranks
 
 
-def model_bytes(numbers: Counter, layout: ParallelLayout) -> dict[str, int]:
+def model_bytes(
+    numbers: Counter, layout: ParallelLayout, experts: Counter | None = None
+) -> dict[str, int]:
     """Bytes of weights, gradients and Adam's state of so many parameters of each dtype.
 
     Megatron adds gradients up in float32 and keeps two float32 moments, and a float32 main copy of
     every bf16 number. Its padding of buffers, some hundreds of numbers in each, is not counted.
+
+    Args:
+        numbers: parameters by dtype.
+        layout: whose ranks have shards of the state.
+        experts: those of them that fewer ranks share.
     """
-    total = numbers.total()
-    shards = layout.gradient_ranks if layout.distributed_optimizer else 1
-    main = total - numbers[torch.float32]
+    experts = experts or Counter()
+    optimizer = 0
+    for part, ranks in (
+        (numbers - experts, layout.gradient_ranks),
+        (experts, layout.expert_gradient_ranks),
+    ):
+        state = BYTES_FLOAT32 * (3 * part.total() - part[torch.float32])
+        optimizer += math.ceil(state / ranks) if layout.distributed_optimizer else state
     return {
         "weights": sum(dtype.itemsize * count for dtype, count in numbers.items()),
-        "gradients": BYTES_FLOAT32 * total,
-        "optimizer": math.ceil(BYTES_FLOAT32 * (2 * total + main) / shards),
+        "gradients": BYTES_FLOAT32 * numbers.total(),
+        "optimizer": optimizer,
     }
 
 
 def memory(measured: Measured, layout: ParallelLayout, stage: int) -> dict[str, int]:
     """Bytes of a rank of this stage at its fullest; 1F1B keeps pp - stage micro-batches."""
-    return model_bytes(measured.numbers, layout) | {
+    return model_bytes(measured.numbers, layout, measured.experts) | {
         "activations": (layout.pp - stage) * measured.kept.total(),
         "recomputed meanwhile": measured.again.total(),
     }
@@ -309,9 +365,15 @@ def memory(measured: Measured, layout: ParallelLayout, stage: int) -> dict[str, 
 
 def step_traffic(measured: Measured, layout: ParallelLayout) -> dict[str, int]:
     """Bytes that a rank of a stage sends once a step, however many micro-batches it has."""
-    ranks, held = layout.gradient_ranks, model_bytes(measured.numbers, layout)
-    if layout.distributed_optimizer:
-        share = {name: held[name] * (ranks - 1) // ranks for name in ("gradients", "weights")}
-    else:
-        share = {"gradients": all_reduced(held["gradients"], ranks)}
-    return share | measured.once
+    sent = Counter()
+    for part, ranks in (
+        (measured.numbers - measured.experts, layout.gradient_ranks),
+        (measured.experts, layout.expert_gradient_ranks),
+    ):
+        held = model_bytes(part, layout)
+        if layout.distributed_optimizer:
+            for name in ("gradients", "weights"):
+                sent[name] += held[name] * (ranks - 1) // ranks
+        else:
+            sent["gradients"] += all_reduced(held["gradients"], ranks)
+    return dict(sent) | measured.once

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.config import SYMBOLS, MegalodonConfig
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.measure import Measured, measure_plan, memory, step_traffic
 
@@ -17,12 +17,18 @@ def plan_lines(config: MegalodonConfig, layout: ParallelLayout) -> Iterator[str]
     """The whole report, line by line; arguments and errors are measure_plan's."""
     plan = measure_plan(config, layout)
     yield from _heading(layout, plan.cp_rank)
-    names = {stage: _stage_name(stage, layout) for stage in plan.stages}
+    if config.has("num_experts"):
+        yield "  every expert of a layer gets as many tokens as any other, by all-to-all"
+    held = {stage: layout.stage_symbols(config.symbols, stage) for stage in plan.stages}
+    all_differ = len(plan.stages) == layout.pp
+    names = {stage: _stage_name(stage, layout.pp, all_differ) for stage in plan.stages}
     columns = [names[stage] for stage in plan.stages]
 
     yield from _header("Of a rank", columns)
-    layers = [layout.stage_layers(config.num_layers, stage) for stage in plan.stages]
-    yield _row("layers", map(str, layers))
+    yield _row("layers", [str(len(symbols)) for symbols in held.values()])
+    for symbol in dict.fromkeys(config.symbols) if config.layers else ():
+        counts = [str(symbols.count(symbol)) for symbols in held.values()]
+        yield _row(f"  {symbol}, {SYMBOLS[symbol]}", counts)
     numbers = [measured.numbers.total() for measured in plan.stages.values()]
     yield _row("parameters", [f"{number:,}" for number in numbers])
     yield _row(
@@ -31,10 +37,12 @@ def plan_lines(config: MegalodonConfig, layout: ParallelLayout) -> Iterator[str]
 
     yield from _header("Bytes per rank", columns)
     yield from _rows([memory(measured, layout, stage) for stage, measured in plan.stages.items()])
-    yield from _header("Kept of one layer and micro-batch, by module", ["bytes per rank"])
-    yield from _rows([plan.layer.kept])
-    yield from _header("Sent per rank, one layer and micro-batch", BOTH_WAYS)
-    yield from _sent(plan.layer, with_calls=True)
+    for symbol, layer in plan.layers.items():
+        one = f"one {symbol}" if config.layers else "one layer"
+        yield from _header(f"Kept of {one} and micro-batch, by module", ["bytes per rank"])
+        yield from _rows([layer.kept])
+        yield from _header(f"Sent per rank, {one} and micro-batch", BOTH_WAYS)
+        yield from _sent(layer, with_calls=True)
     for stage, measured in plan.stages.items():
         yield from _header(f"Sent per micro-batch, {names[stage]}", BOTH_WAYS)
         yield from _sent(measured)
@@ -52,12 +60,12 @@ def readable(size: int) -> str:
     return f"{size:,} ({value:.1f} {unit})" if unit != "B" else f"{size:,}"
 
 
-def _stage_name(stage: int, layout: ParallelLayout) -> str:
-    if layout.pp == 1:
+def _stage_name(stage: int, stages: int, all_differ: bool) -> str:
+    if stages == 1:
         return "every rank"
-    if layout.layers_by_stage:
+    if all_differ and stages > 2:
         return f"stage {stage}"
-    return {0: "first stage", layout.pp - 1: "last stage"}.get(stage, "second stage")
+    return {0: "first stage", stages - 1: "last stage"}.get(stage, "second stage")
 
 
 def _heading(layout: ParallelLayout, cp_rank: int) -> Iterator[str]:
@@ -65,6 +73,7 @@ def _heading(layout: ParallelLayout, cp_rank: int) -> Iterator[str]:
     yield (
         f"Layout: {layout.ranks:,} ranks = TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x DP "
         f"{layout.dp}, {sequence} sequence parallelism"
+        + (f", experts over {layout.ep} ranks" if layout.ep > 1 else "")
     )
     spans = layout.context_layout().spans[cp_rank]
     positions = " and ".join(f"{span.start:,}..{span.stop - 1:,}" for span in spans)
@@ -102,4 +111,7 @@ def _rows(columns: list[dict[str, int]]) -> Iterator[str]:
 
 
 def _row(name: str, cells: Iterable[str], indent: str = "  ") -> str:
-    return f"{indent + name:<{NAME_WIDTH}}" + "".join(f"{cell:>{COLUMN_WIDTH}}" for cell in cells)
+    line = indent + name
+    for column, cell in enumerate(cells, start=1):
+        line += cell.rjust(NAME_WIDTH + column * COLUMN_WIDTH - len(line))
+    return line

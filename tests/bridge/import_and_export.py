@@ -27,6 +27,7 @@ def main(export, checkpoint, result, tp, pp, implementation):
     provider = bridge.to_megatron_provider()
     provider.transformer_impl = implementation
     provider.tensor_model_parallel_size = int(tp)
+    provider.sequence_parallel = int(tp) > 1
     provider.pipeline_model_parallel_size = int(pp)
     provider.pipeline_dtype = provider.params_dtype
     provider.finalize()

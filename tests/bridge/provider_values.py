@@ -19,7 +19,12 @@ if __name__ == "__main__":
         for name in ("chunk_size", "cema_ndim", "z_dim", "norm_num_groups")
     }
     refused = {}
-    for name, value in (("kv_channels", 8), ("qk_layernorm", True), ("num_query_groups", 3)):
+    for name, value in (
+        ("kv_channels", 8),
+        ("qk_layernorm", True),
+        ("num_query_groups", 3),
+        ("mtp_num_layers", 1),
+    ):
         wrong = MegalodonModelProvider.of("200m", **values)
         setattr(wrong, name, value)
         try:

@@ -1,5 +1,6 @@
 """Run as a program: prints every recipe's numbers as one line of JSON."""
 
+import dataclasses
 import json
 
 from megalodon_mcore import cpu
@@ -17,6 +18,8 @@ if __name__ == "__main__":
             "doc": recipe.__doc__,
             "tp": model.tensor_model_parallel_size,
             "cp": model.context_parallel_size,
+            "ep": model.expert_model_parallel_size,
+            "config": dataclasses.asdict(model.config()),
             "seq_length": model.seq_length,
             "recompute": model.recompute_granularity == "selective",
             "transformer_impl": model.transformer_impl,

@@ -25,4 +25,5 @@ def test_what_is_set_comes_before_the_environment_and_that_before_the_size():
     refused = printed["refused"]
     assert refused["kv_channels"].startswith("kv_channels is 8, but Megalodon's attention is")
     assert refused["num_query_groups"].startswith("num_query_groups is 3, but Megalodon's")
+    assert refused["mtp_num_layers"].startswith("mtp_num_layers is 1, but Bridge's conversion")
     assert refused["qk_layernorm"].startswith("--qk-layernorm is set, but Megalodon's attention")

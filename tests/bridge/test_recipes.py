@@ -4,21 +4,22 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from needs_bridge import needs_bridge
+from torch.distributed.checkpoint import FileSystemReader
 
 from conversion.conversion_samples import convert, hf_folder
+from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.describe import growing_bytes
+from megalodon_mcore.parameters import number_of_values
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.measure import measure_plan, memory
-from megalodon_mcore.sizes import SIZES
 from training.runs import launch, scalars
 
 pytestmark = [pytest.mark.bridge, needs_bridge]
 
-SIZE_OF = {"200m": "200m", "1.3b": "1.3b", "7b": "7b-paper"}
 COMMAND = ("-m", "megalodon_mcore")
 GIBIBYTE = 2**30
 
@@ -35,7 +36,7 @@ def recipes():
 
 
 def test_each_layout_takes_the_memory_that_its_recipe_says(recipes):
-    assert len(recipes) == 9
+    assert len(recipes) == 11
     for name, recipe in recipes.items():
         if name == "tiny":
             continue
@@ -44,21 +45,32 @@ def test_each_layout_takes_the_memory_that_its_recipe_says(recipes):
         tp, cp = recipe["tp"], recipe["cp"]
         # Megatron pads the vocabulary to a multiple of 128 on every rank.
         vocab_size = -(-32_000 // (128 * tp)) * 128 * tp
-        size = replace(SIZES[SIZE_OF[name.split("-")[0]]], vocab_size=vocab_size)
+        model = MegalodonConfig(**recipe["config"] | {"vocab_size": vocab_size})
         layout = ParallelLayout(
             seq_length=recipe["seq_length"],
             tp=tp,
             cp=cp,
             dp=int(ranks) // (tp * cp),
+            ep=recipe["ep"],
             micro_batch_size=recipe["micro_batch_size"],
             order="zigzag",
             recompute="selective" if recipe["recompute"] else "none",
         )
-        first = measure_plan(size, layout).stages[0]
+        first = measure_plan(model, layout).stages[0]
         assert f"{sum(memory(first, layout, 0).values()) / GIBIBYTE:.1f}" == promised, name
         assert float(promised) < 64, f"{name} leaves less than a fifth of a GPU free"
         batch = recipe["micro_batch_size"] * layout.dp
         assert recipe["global_batch_size"] % batch == 0, f"{name}: {ranks} GPUs don't share a batch"
+
+
+def test_parameters_are_as_many_as_a_name_says(recipes):
+    moe = MegalodonConfig(**recipes["7b-a1b-4k"]["config"])
+    total = number_of_values(moe)
+    idle = 60 * 16 * 3 * 2048 * 1024
+    assert (f"{total / 1e9:.1f}", f"{(total - idle) / 1e9:.1f}") == ("7.1", "1.0")
+    hybrid = MegalodonConfig(**recipes["1.3b-hybrid-32k"]["config"])
+    assert hybrid.symbols == 3 * "MMMMMMM*"
+    assert growing_bytes(hybrid, True) == 6 * 1024
 
 
 def test_all_are_trained_as_in_the_paper(recipes):
@@ -133,6 +145,26 @@ def test_the_tiny_recipe_fine_tunes_an_export(tmp_path):
     )
     assert sorted(losses) == list(range(1, 9))
     assert losses[8] < 0.8 * losses[1]
+
+
+def test_adapters_alone_are_trained_and_saved(tmp_path):
+    export, data = export_and_data(tmp_path, 40)
+    arguments = ("finetune-recipe", "tiny", "--pretrained", str(export), "--data", str(data))
+    arguments += ("--lora", "4", "optimizer.lr=1e-2")
+    losses = train(tmp_path, *arguments, "train.train_iters=8")
+    assert losses[8] < 0.8 * losses[1]
+    saved = FileSystemReader(tmp_path / "checkpoints" / "iter_0000008").read_metadata()
+    weights = [z for z in saved.state_dict_metadata if "weight" in z and "optimizer" not in z]
+    assert weights and all(".adapter." in name for name in weights)
+    losses = train(tmp_path, *arguments, "train.train_iters=10")
+    assert sorted(losses)[-1] == 10 and losses[9] < 1.3 * losses[8]
+    run = launch(*COMMAND, *arguments[:-3], "--lora", "0")
+    assert run.returncode == 2 and "argument --lora: is 0; it takes a positive" in run.stdout
+    run = launch(*COMMAND, *arguments, "model.tensor_model_parallel_size=4")
+    assert run.returncode == 2
+    assert "--lora is given with model.tensor_model_parallel_size=4, but the model has 2 heads" in (
+        run.stdout
+    )
 
 
 def test_bridges_three_forms_of_bounds_say_the_same():

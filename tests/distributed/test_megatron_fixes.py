@@ -154,3 +154,17 @@ def test_an_order_that_is_right_is_left_alone(apply_anew):
 
     method = classmethod(float32_first)
     assert apply_anew(_build_optimizer_group_ranges=method) == [method]
+
+
+def test_the_newest_checkpoint_is_known_while_it_is_noted(tmp_path):
+    from megatron.training import checkpointing
+
+    megatron_fixes.write_trackers_whole()
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    for before, after in (("", "7"), ("7", "12")):
+        with checkpointing.maybe_msc.open(str(tracker), "w") as file:
+            file.write(after)
+            assert (tracker.read_text() if tracker.exists() else "") == before
+        with checkpointing.maybe_msc.open(str(tracker), "r") as file:
+            assert file.read() == after
+    assert checkpointing.maybe_msc.os.path.isfile(str(tracker))

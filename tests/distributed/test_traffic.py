@@ -122,7 +122,7 @@ def test_a_layer_sends_what_a_plan_measures(workers, layout):
     plan = measure_plan(SIZE, layout)
     real = counts(workers, Layer(layout))[plan.cp_rank * layout.tp]
     for name in ("forward", "backward", "forward_calls", "backward_calls"):
-        assert getattr(plan.layer, name) == getattr(real, name)
+        assert getattr(plan.layers["M"], name) == getattr(real, name)
 
 
 def test_context_parallel_states_do_not_grow_with_the_length(workers):

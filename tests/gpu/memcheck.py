@@ -11,6 +11,7 @@ import sys
 import torch
 
 from compiling import EVERY
+from correctness import REHEARSED
 from operators import Shape
 from stage import Stage
 
@@ -22,7 +23,9 @@ def small(device):
     shape = (
         Shape(1, 5, 8, 1, 1, 16, 16, 4, 16) if rehearse else Shape(2, 77, 24, 3, 3, 32, 64, 24, 80)
     )
-    for operator in EVERY.values():
+    for name, operator in EVERY.items():
+        if rehearse and name not in REHEARSED:
+            continue
         for dtype in (torch.bfloat16, torch.float32)[: 1 if rehearse else 2]:
             leaves = operator.inputs(shape, dtype, device)
             outputs = operator.run(shape, *leaves)

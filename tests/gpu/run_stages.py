@@ -36,21 +36,21 @@ class Plan(NamedTuple):
 
 def plans(rehearse):
     """The most valuable first."""
-    from correctness import EVERY
+    from correctness import EVERY, REHEARSED
 
     types = "bfloat16,float32"
+    operators = tuple(EVERY)
+    sizes = f"90:7b-paper:{types} 90:200m:{types},float16 90:1.3b:{types}"
     if rehearse:
-        # Each card and each type: no card is asked. Every pair is compiled by the newer Triton of
-        # tests/kernels/test_triton_compile.py.
-        sizes = "80:7b-paper:float32 90:7b-paper:bfloat16 100:7b-paper:bfloat16"
-    else:
-        sizes = f"90:7b-paper:{types} 90:200m:{types},float16 90:1.3b:{types}"
+        # It is the stages that are rehearsed: tests/kernels has all operators and cards.
+        operators, sizes = REHEARSED, "90:7b-paper:bfloat16"
     return [
         Plan("compile", "compiling", 1.2, (sizes,)),
-        Plan("correctness", "correctness", 2.4, tuple(EVERY), 2 if rehearse else 5, True),
+        Plan("correctness", "correctness", 2.4, operators, 2 if rehearse else 5, True),
         Plan("million", "correctness", 0.5, ("million",), 1, True),
         Plan("tests", "kernel_tests", 1.6),
         Plan("memcheck", "memcheck", 0.7, interpreted=True),
+        Plan("training", "command_line", 0.9),
         Plan("timing", "timing", 1.2),
         Plan("steps", "steps", 1.2),
         Plan("sweep", "sweep", 0.5),
@@ -144,11 +144,13 @@ def run_part(plan, part, rows, end, options, environment):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            stage.add(part or plan.name, "cut", problem="it was stopped in a case")
-            return
-        if status:
-            output.seek(0)
-            last = output.read().strip().splitlines()[-3:]
+            status = "cut"
+        output.seek(0)
+        last = output.read().strip().splitlines()[-3:]
+        if status == "cut":
+            problem = f"it was stopped in a case: {last}"
+            stage.add(part or plan.name, "cut", problem=problem[-600:])
+        elif status:
             stage.add(part or plan.name, "fail", problem=f"exit status {status}: {last}"[-600:])
 
 
@@ -185,7 +187,7 @@ def finish(rows, chosen):
     """0 where nothing failed and the stages that prove something came to their end."""
     print()
     wrong = [row for row in rows if row["verdict"] == "fail"]
-    proofs = ("compile", "correctness", "million", "tests", "memcheck")
+    proofs = ("compile", "correctness", "million", "tests", "memcheck", "training")
     cut = {row["stage"] for row in rows if row["verdict"] == "cut"}
     silent = {plan.name for plan in chosen} - {row["stage"] for row in rows}
     for stage in silent:

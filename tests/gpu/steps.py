@@ -81,18 +81,23 @@ def fitting(function):
 
 def main(stage):
     best = ceilings(stage)
-    if find_spec("transformers"):
-        for prompt in (24, 40) if stage.rehearse else (1024, 131072):
-            stage.attempt(
-                f"decode a token after {prompt}",
-                fitting(lambda prompt=prompt: decode(stage, prompt, best)),
-                least=5,
-            )
+    if find_spec("megatron"):
+        train(stage, best)
     else:
-        stage.add("decode", "missing", problem="transformers is not installed")
-    if not find_spec("megatron"):
         stage.add("steps", "missing", problem="no megatron-core; --wheels names a folder with one")
+    if not find_spec("transformers"):
+        stage.add("decode", "missing", problem="transformers is not installed")
         return
+    for prompt in (24, 40) if stage.rehearse else (1024, 131072):
+        stage.attempt(
+            f"decode a token after {prompt}",
+            fitting(lambda prompt=prompt: decode(stage, prompt, best)),
+            least=5,
+        )
+
+
+def train(stage, best):
+    """Rows of training steps, and how flat the speed is from length to length."""
     with models.megatron():
         for label, sizes, tokens, lengths in problems(stage.rehearse):
             speeds = [

@@ -17,14 +17,16 @@ from stage import Stage
 
 W = attention.WHOLE
 TILES = {
-    "forward": [(128, 64, 256, W, 8, 2), (128, 32, 256, W, 8, 3), (64, 32, 512, W, 8, 3)]
-    + [(128, 64, 128, W, 8, 3), (64, 64, 256, W, 4, 2)],
+    "weights": [(128, 64, W, W, 8, 3), (128, 64, W, W, 8, 2), (64, 64, W, W, 4, 3)]
+    + [(64, 128, W, W, 8, 2), (64, 64, W, W, 4, 2), (128, 128, W, W, 8, 2)],
     "scores": [(128, 128, 64, 64, 8, 3), (128, 128, 64, 64, 8, 4), (128, 128, 128, 128, 8, 2)]
     + [(128, 128, 64, W, 8, 3), (128, 128, 64, 64, 4, 3)],
     "product": [(128, 64, 256, W, 8, 3), (128, 64, 256, W, 8, 4), (128, 128, 256, W, 8, 2)]
     + [(128, 64, 128, W, 4, 4), (64, 64, 256, W, 4, 3)],
 }
-CEMA = [{"CHANNELS": c, "WARPS": w} for c, w in ((8, 8), (4, 4), (4, 8), (16, 8))]
+CEMA = [{"CHANNELS": c, "WARPS": w} for c, w in ((8, 8), (4, 4), (4, 8), (2, 2), (2, 4))]
+CEMA += [{"BLOCK": 32, "TILE": 1024, "CHANNELS": c, "WARPS": w} for c, w in ((4, 8), (2, 4))]
+CEMA += [{"TILE": 1024, "CHANNELS": 4, "WARPS": 8}]
 CEMA += [{"PROGRAMS": p} for p in (64, 256, 512)]
 NORM = [{"TILE": t, "STAGES": s} for t in (1024, 2048, 4096) for s in (1, 3)]
 NORM += [{"PROGRAMS": p} for p in (1024, 4096, 16384)] + [{"SCAN": s} for s in (512, 2048)]
@@ -84,8 +86,11 @@ def main(stage):
                     stage,
                     lambda: torch.autograd.grad(operator.run(shape, *leaves), leaves, upstream),
                 )
-            time = sum(t for n, t in times.items() if n.startswith(kernel) and "kernel" in n)
+            times = {n: t for n, t in times.items() if n.startswith(kernel) and "kernel" in n}
+            time = sum(times.values())
             found = {} if stage.rehearse else {"ms": 1e3 * time}
+            if len(times) > 1:
+                found["kernels"] = {n: {"ms": 1e3 * t} for n, t in times.items()}
             if time < best.get((name, kernel), (float("inf"),))[0]:
                 best[name, kernel] = (time, label)
             return "figure", found

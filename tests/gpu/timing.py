@@ -12,8 +12,10 @@ import peers
 from ahead_of_time import launches
 from clock import card, ceilings, kernel_seconds, seconds
 from compiling import train
-from operators import OPERATORS, SIZES, Shape
+from operators import OPERATORS, SIZES, VARIANTS, Shape
 from stage import Stage
+
+TIMED = OPERATORS | {name: z for name, z in VARIANTS.items() if name.endswith("packed")}
 
 
 def peers_of(name, shape):
@@ -35,7 +37,7 @@ class Timer:
 
     def __init__(self, stage, size, shape, name, best):
         self.stage, self.shape, self.best = stage, shape, best
-        self.case, self.operator = f"{size} {name}", OPERATORS[name]
+        self.case, self.operator = f"{size} {name}", TIMED[name]
         self.ours, self.wanted = None, None
 
     def row(self, way, function):
@@ -89,9 +91,11 @@ def kernel_flops(shape, flops):
     """The flops that the mathematics asks of each kernel, by its name; of others none."""
     forward, backward = flops
     # Attention's backward takes the scores anew, and as much again for the weights' gradients.
+    weights = forward * shape.key_width / (shape.key_width + shape.value_width)
     return {
         **{"forward_kernel": forward, "backward_kernel": backward},
-        **{"scores_kernel": forward, "product_kernel": backward - forward},
+        **{"weights_kernel": weights, "scores_kernel": forward},
+        "product_kernel": backward - weights,
     }
 
 
@@ -122,7 +126,7 @@ def main(stage):
     timers = {}
     for size in ["tiny"] if stage.rehearse else ["7b-paper", "200m"]:
         shape = SIZES[size] if stage.rehearse else Shape.named(size, 16384)
-        for name, operator in OPERATORS.items():
+        for name, operator in TIMED.items():
             timer = timers[size, name] = Timer(stage, size, shape, name, best)
             timer.row("kernels", lambda *leaves, o=operator, s=shape: o.run(s, *leaves))
             for way, function in peers_of(name, shape).items():

@@ -3,16 +3,20 @@
 import pytest
 import torch
 from hf_models import build
+from mixed_models import build_mixed
 
 from comparing import error
+from megalodon_mcore.hf import MegalodonCache
 
 LENGTHS = (75, 3, 150)
 SMALL = dict(num_hidden_layers=1)
 """Tracing takes as long for every layer."""
+MODELS = {"blocks": lambda: build(**SMALL), "mixed": build_mixed}
 
 
-def test_an_exported_model_takes_any_length():
-    model = build(**SMALL)
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_exported_model_takes_any_length(kind):
+    model = MODELS[kind]()
     any_length = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
     tokens = torch.randint(64, (2, 40))
     program = torch.export.export(
@@ -26,10 +30,11 @@ def test_an_exported_model_takes_any_length():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_compiled_model_has_one_graph(use_cache):
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_compiled_model_has_one_graph(kind, use_cache):
     """Traced a second time, for aot_eager, where a cache is written to, or gradients are wanted."""
     torch._dynamo.reset()
-    model = build(**SMALL)
+    model = MODELS[kind]()
     backend = "aot_eager" if use_cache else "eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
@@ -58,10 +63,11 @@ def test_a_compiled_model_takes_padding_without_a_cache():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(backend):
+@pytest.mark.parametrize("make", [build, build_mixed])
+def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(make, backend):
     """Rows of unequal lengths, over several chunks of 8, by one graph that never changes."""
     torch._dynamo.reset()
-    model = build()
+    model = make()
     tokens, mask = torch.randint(64, (3, 21)), torch.ones(3, 21, dtype=torch.int64)
     mask[0, :9], mask[1, :17] = 0, 0
     graphs = []
@@ -74,7 +80,9 @@ def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(backend):
 
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
-        caches = [model(tokens, attention_mask=mask).past_key_values for _ in range(2)]
+        caches = [MegalodonCache(model.config, max_length=60) for _ in range(2)]
+        for cache in caches:
+            model(tokens, attention_mask=mask, past_key_values=cache)
         places = [z.data_ptr() for s in caches[1].states for z in s.values() if torch.is_tensor(z)]
         step, one = torch.tensor([[3], [5], [7]]), torch.ones(3, 1, dtype=torch.int64)
         for index in range(30):

@@ -1,4 +1,4 @@
-"""Folders: saved with their two files of code, loaded where nothing of this package exists."""
+"""Folders: saved with their files of code, loaded where nothing of this package exists."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import SHAPES, build
+from mixed_models import build_mixed
 from safetensors.torch import load_file
 
 from megalodon_mcore import hf
@@ -50,7 +51,8 @@ with torch.no_grad():
     }
 print(json.dumps(report))
 """
-FLOAT32 = ("cema", "norm", "query_key", "rescale")
+FLOAT32 = ("cema", "norm", "query_key", "rescale", "router_bias")
+CODE = ("configuration_megalodon.py", "layers_megalodon.py", "modeling_megalodon.py")
 
 
 def load_elsewhere(folder, tmp_path, device_map="none"):
@@ -73,18 +75,18 @@ def load_elsewhere(folder, tmp_path, device_map="none"):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["swiglu-heads-rescale", "tied-scaled-four-heads"])
+@pytest.mark.parametrize("name", ["swiglu-heads-rescale", "tied-scaled-four-heads", "M*ME"])
 def test_a_saved_folder_loads_where_this_package_is_not_installed(name, tmp_path):
-    model = build(name)
+    model = build(name) if name in SHAPES else build_mixed(name)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "configuration_megalodon.py", "modeling_megalodon.py"} <= names
+    assert {"config.json", *CODE} <= names
     assert {n for n in names if n.startswith("model.")} == {"model.safetensors"}
-    for file in ("configuration_megalodon.py", "modeling_megalodon.py"):
+    for file in CODE:
         assert (folder / file).read_text() == (Path(hf.__file__).parent / file).read_text()
     saved = load_file(folder / "model.safetensors")
-    assert ("lm_head.weight" in saved) is not SHAPES[name].get("tie_word_embeddings", False)
+    assert ("lm_head.weight" in saved) is not name.startswith("tied")
     assert saved.keys() == dict(model.named_parameters()).keys()
 
     try:
@@ -96,7 +98,7 @@ def test_a_saved_folder_loads_where_this_package_is_not_installed(name, tmp_path
     report = load_elsewhere(folder, tmp_path, device_map)
     assert report["module"].startswith("transformers_modules.")
     assert report["config"] == "MegalodonConfig"
-    assert report["tied"] is SHAPES[name].get("tie_word_embeddings", False)
+    assert report["tied"] is name.startswith("tied")
     with torch.no_grad():
         logits = model(torch.arange(30)[None]).logits[0, -1]
     assert torch.allclose(torch.tensor(report["logits"]), logits, atol=1e-5 * logits.abs().max())
@@ -125,11 +127,11 @@ def test_casting_keeps_the_same_parameters_in_float32(cast):
     assert {p.dtype for p in model.float().parameters()} == {torch.float32}
 
 
-def test_the_two_files_need_torch_transformers_and_the_standard_library_alone():
+def test_the_files_need_torch_transformers_and_the_standard_library_alone():
     import ast
 
     imported = set()
-    for file in ("configuration_megalodon.py", "modeling_megalodon.py"):
+    for file in CODE:
         tree = ast.parse((Path(hf.__file__).parent / file).read_text())
         for node in tree.body:
             if isinstance(node, ast.Try):

@@ -119,13 +119,9 @@ def test_samples_of_one_prompt_are_independent_rows():
     assert samples.shape == (3, 41) and len({tuple(row.tolist()) for row in samples}) == 3
 
 
-def test_what_would_take_steps_back_is_refused():
+def test_other_caches_and_batching_are_refused():
     model = build()
     tokens = torch.randint(64, (1, 21))
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
-        model.generate(tokens, assistant_model=build(), max_new_tokens=3, **GREEDY)
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
-        model.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=3, **GREEDY)
     with pytest.raises(ValueError, match="cache_implementation is 'quantized'; Megal"):
         model.generate(tokens, cache_implementation="quantized", max_new_tokens=3, **GREEDY)
     with pytest.raises(ValueError, match="generate_batch pages keys and values, .*; call generate"):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from hf_models import SHAPES, build
+from mixed_models import build_mixed
 
 from comparing import error
 from megalodon_mcore.hf import MegalodonCache
@@ -132,8 +133,9 @@ def test_rows_at_different_places_in_their_chunks_go_on(name):
         assert error(logits[index][masks[index].bool()], alone[0]) < TOLERANCE
 
 
-def test_what_stands_in_the_padding_does_not_matter():
-    model = build()
+@pytest.mark.parametrize("make", [build, build_mixed], ids=["blocks", "other layers"])
+def test_what_stands_in_the_padding_does_not_matter(make):
+    model = make()
     embeddings = model.get_input_embeddings()(torch.randint(64, (2, 40)))
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[0, :25] = 0
@@ -239,5 +241,3 @@ def test_refusals_name_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             model(**arguments)
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(-1)

@@ -8,8 +8,8 @@ import torch
 from megalodon_mcore.kernels.segments import Segment, Segments
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The relative error of float32 stored as bfloat16: the interpreter cuts digits off, a card rounds.
-BFLOAT16 = 2**-7 if INTERPRETED else 2**-8
+# The relative error of float32 stored as bfloat16.
+BFLOAT16 = 2**-8
 
 
 def seeded(seed):
@@ -41,13 +41,6 @@ def poisoned():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def as_stored(x):
-    """float32 numbers as a kernel stores them in bfloat16."""
-    if not INTERPRETED:
-        return x.bfloat16()
-    return (x.contiguous().view(torch.int32) & -(2**16)).view(torch.float32).bfloat16()
 
 
 def error(actual, expected):

@@ -10,19 +10,28 @@ from triton.language import bfloat16, float32
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_product = InterpreterBuilder.create_dot
+_product, _convert = InterpreterBuilder.create_dot, interpreter._convert_float
 _patch_tensor, _patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
 
 
 def mend():
-    """Corrects the interpreter: it takes bfloat16 for integers in products, and of Triton 3.6's a
-    numpy that is newer than it makes no bounds of loops. Most of its time goes into making the
-    language interpret, once more at each call of a function of a kernel: once a launch is enough.
+    """Corrects the interpreter: it takes bfloat16 for integers in products, cuts digits off where a
+    card rounds to it, and of Triton 3.6's a numpy that is newer than it makes no bounds of loops.
+    Most of its time goes into making the language interpret, once more at each call of a function
+    of a kernel: once a launch is enough.
     """
 
     def widened(builder, a, b, *others):
         a, b = (builder.cast_impl(z, float32) if z.dtype.scalar == bfloat16 else z for z in (a, b))
         return _product(builder, a, b, *others)
+
+    def rounded(values, given, wanted, mode):
+        if (given, wanted) != (float32, bfloat16):
+            return _convert(values, given, wanted, mode)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        up = 0x7FFF + ((bits >> 16) & 1)
+        quiet = (bits >> 16) | 0x40
+        return np.where(np.isnan(bits.view(np.float32)), quiet, (bits + up) >> 16).astype(np.uint16)
 
     def patched(tensor, scope):
         _patch_tensor(tensor, scope)
@@ -43,6 +52,7 @@ def mend():
         return scope
 
     InterpreterBuilder.create_dot = widened
+    interpreter._convert_float = rounded
     interpreter._patch_lang_tensor = patched
     interpreter._patch_lang = once
 

@@ -25,7 +25,7 @@ def use_small_tiles(monkeypatch):
     from megalodon_mcore.kernels.chunked_attention import triton as kernels
 
     tiles = kernels.Tiles(
-        forward=kernels.Tile(32, 16, 32, 16, 4, 2),
+        weights=kernels.Tile(16, 16, 32, 16, 4, 2),
         scores=kernels.Tile(32, 32, 32, 16, 4, 2),
         product=kernels.Tile(16, 16, 32, 16, 4, 2),
     )

@@ -4,6 +4,9 @@ import pytest
 import torch
 from megalodon_mcore.kernels.segments import Segment, Segments
 
+import operators
+from operators import OPERATORS, SIZES, VARIANTS
+
 CPU = torch.device("cpu")
 
 
@@ -28,3 +31,18 @@ def test_positions_count_from_each_documents_start():
 def test_what_does_not_cover_the_rows_is_refused(wrong):
     with pytest.raises(ValueError, match="step"):
         Segments(8, 1, wrong)
+
+
+@pytest.mark.parametrize("name", OPERATORS | VARIANTS)
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=pytest.mark.interpreted)])
+def test_torchs_default_device_does_not_matter(name, path, monkeypatch):
+    """Tables are made on the host, the rest where the operator's tensors are."""
+    monkeypatch.setenv("MEGALODON_KERNELS", path)
+    operator, shape = (OPERATORS | VARIANTS)[name], SIZES["tiny"]._replace(length=41, batch=2)
+    leaves = operator.inputs(shape, torch.float32, torch.get_default_device())
+    for made in (Segments.of_rows, operators.documents):
+        made.cache_clear()
+    with torch.device("meta"):
+        outputs = operator.run(shape, *leaves)
+        gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    assert all(z.isfinite().all() for z in (*outputs, *gradients))

@@ -230,13 +230,18 @@ def test_stays_accurate(path, offset, first):
     # Direct two-pass statistics at the end check the oracle itself.
     direct = scalars.transpose(0, 1).reshape(groups, -1).var(1, correction=0)
     assert error(var[-1], direct) < 1e-10
-    wanted = (scalars - mean[..., None]) / (var[..., None] + EPS).sqrt()
-    assert float((y[:, 0] - wanted.view(length, channels)).detach().abs().max()) < FLOAT32
-    assert error(after.mean[0], mean[-1] + offset) < 1e-7
+    normalized = (scalars - mean[..., None]) / (var[..., None] + EPS).sqrt()
+    assert float((y[:, 0] - normalized.view(length, channels)).detach().abs().max()) < FLOAT32
+    # A mean near zero has the rounding of terms of size 1.
+    wanted = mean[-1] + offset
+    assert float((after.mean[0] - wanted).detach().abs().max()) < 1e-7 * max(
+        1, float(wanted.detach().abs().max())
+    )
     assert error(after.var[0], var[-1]) < FLOAT32
     upstream = torch.randn(length, channels)
     gradient = torch.autograd.grad(y, leaf, upstream[:, None])[0]
-    wanted = torch.autograd.grad(wanted, double, upstream.double().view(wanted.shape))[0]
+    upstream = upstream.double().view(normalized.shape)
+    wanted = torch.autograd.grad(normalized, double, upstream)[0]
     assert error(gradient, wanted) < FLOAT32
 
 

@@ -1,7 +1,6 @@
 """What chunked_attention's Triton kernels alone have: groups, masks of their own, sizes of tiles.
 
-The interpreter multiplies in float32 on the CPU, whatever input_precision says, and cuts digits
-off where a card rounds to bfloat16.
+The interpreter multiplies in float32 on the CPU, whatever input_precision says.
 """
 
 import pytest
@@ -101,5 +100,5 @@ def test_tiles_follow_shared_memory(kernels, monkeypatch):
     chosen = []
     for kibibytes in (228, 164, 100, 64):
         monkeypatch.setattr(kernels, "shared_memory", lambda device, k=kibibytes: k * 1024)
-        chosen.append(kernels.Tiles.of(q, 2048, 2048, False).forward)
+        chosen.append(kernels.Tiles.of(q, 2048, 2048, False).weights)
     assert chosen[2] == chosen[3] and len(set(chosen)) == 3

@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import select
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,8 @@ import time
 import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from training.reserved_port import reserved_port
 
 TESTS = Path(__file__).parents[1]
 READ_BY_IMPORTS = ("PYTHON", "TORCH", "TRITON", "CUDA", "LD_", "NVTE")
@@ -55,12 +56,12 @@ class ProgramServer:
         Raises:
             TimeoutError: it takes longer; its processes are gone then.
         """
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, reserved_port() as port:
             place, output = Path(folder), Path(folder) / "output"
             for rank in range(processes):
                 cls._send(
                     argv=argv,
-                    environment=environment | _world(rank, processes, place),
+                    environment=environment | _world(rank, processes, port),
                     cwd=os.getcwd(),
                     output=str(output),
                     place=str(place / str(rank)),
@@ -87,21 +88,16 @@ class ProgramServer:
             cls._server.stdin.flush()
 
 
-def _world(rank: int, processes: int, place: Path) -> dict[str, str]:
+def _world(rank: int, processes: int, port: int) -> dict[str, str]:
     if processes == 1:
         return {}
-    port = place / "port"
-    if not port.exists():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port.write_text(str(free.getsockname()[1]))
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port.read_text(),
+        "MASTER_PORT": str(port),
     }
 
 

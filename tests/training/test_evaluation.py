@@ -5,10 +5,10 @@ from argparse import Namespace
 
 import pytest
 
-from megalodon_mcore import evaluation, gpu_arguments
+from megalodon_mcore import evaluation, gpu_arguments, pretraining
 from megalodon_mcore.data.prepare import prepare_data
 from megalodon_mcore.data.split_tokens import find_splits
-from training.runs import MODEL, PRETRAIN, SCHEDULE, launch, side_by_side, train
+from training.runs import MODEL, PRETRAIN, SCHEDULE, launch, scalars, side_by_side, train
 
 TRAIN = (*PRETRAIN, *MODEL, *SCHEDULE)
 
@@ -264,3 +264,17 @@ def test_full_validation_is_the_same_in_every_layout(data, tmp_path):
     )
     assert len(one) == 2
     assert tensor == pytest.approx(one, rel=1e-5) and stages == pytest.approx(one, rel=1e-5)
+
+
+def test_tensorboard_keeps_what_comes_after_the_last_step(tmp_path, monkeypatch):
+    from megatron.training import global_vars
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(tmp_path, flush_secs=1000)
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
+    for step in range(50):
+        writer.add_scalar("lm loss", step / 2, step)
+    pretraining.close_tensorboard()
+    assert scalars(tmp_path, "lm loss") == {step: step / 2 for step in range(50)}
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", None)
+    pretraining.close_tensorboard()

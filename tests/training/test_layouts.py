@@ -65,6 +65,19 @@ def assert_same(run, single):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [("--context-parallel-size", "2"), ("--micro-batch-size", "1")],
+    ids=["cut sequences", "smaller micro-batches"],
+)
+def test_a_seed_gives_the_same_start(tmp_path, options):
+    one, two = side_by_side(
+        lambda: train(tmp_path / "one", *TINY),
+        lambda: train(tmp_path / "two", *TINY, *options, processes=2),
+    )
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+
+
 def test_masked_tokens_weigh_alike_whichever_rank_has_them(start, tmp_path):
     arguments = (*TINY, *from_checkpoint(start[0]), "--eod-mask-loss")
     single = train(tmp_path / "single", *arguments)

@@ -66,11 +66,28 @@ def assert_same(run, expected):
     assert run.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
 
 
+def test_documents_with_megatrons_rope_train_alike(start, documents, tmp_path):
+    """Megatron then makes angles as long as the longest document, which Megalodon ignores."""
+    load, single = start
+    run = train(tmp_path, *documents, *load, "--position-embedding-type", "rope")
+    assert run.losses == single.losses
+
+
 @pytest.mark.parametrize("name", layouts())
 def test_documents_in_layouts_train_like_one_process(start, documents, tmp_path, name):
     processes, options = LAYOUTS[name]
     load, single = start
     assert_same(train(tmp_path, *documents, *load, *options, processes=processes), single)
+
+
+@pytest.mark.slow
+def test_documents_train_by_torchrun_like_one_process(start, documents, tmp_path):
+    """The other layouts' ranks are forks; an environment that imports look at makes real ones."""
+    processes, options = LAYOUTS["context"]
+    load, single = start
+    arguments = (*documents, *load, *options)
+    run = train(tmp_path, *arguments, processes=processes, PYTHONHASHSEED="0")
+    assert_same(run, single)
 
 
 @pytest.fixture(scope="module")

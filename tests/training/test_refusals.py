@@ -23,8 +23,6 @@ from training.runs import TINY, launch
 REFUSED = {
     "expert_model_parallel_size": (2, "--expert-model-parallel-size is 2"),
     "hierarchical_context_parallel_sizes": ([1, 2], "--hierarchical-context-parallel-sizes is set"),
-    "num_moe_experts": (4, "--num-experts is set"),
-    "mtp_num_layers": (1, "--mtp-num-layers is 1, but Megalodon's layers are one kind of block"),
     "multi_latent_attention": (True, "--multi-latent-attention is set"),
     "fp8": ("hybrid", "--fp8-format is hybrid, but only Transformer Engine's"),
     "fp8_param": (True, "--fp8-param-gather is set"),
@@ -131,6 +129,30 @@ def test_sizes_that_fp8_cannot_take_are_refused_by_name(name):
     options, sentence = FP8_SIZES[name]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         check_fp8(**options)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (dict(layers="M*", attention_head_dim=20), "--num-attention-heads x --kv-channels is 40,"),
+        (
+            dict(layers="XM", num_experts=4, expert_ffn_size=40),
+            "--moe-ffn-hidden-size is 40, which",
+        ),
+        (
+            dict(layers="ME", num_experts=4, shared_expert_size=8),
+            "--moe-shared-expert-intermediate-size is 8, which is no multiple of 16",
+        ),
+    ],
+)
+def test_sizes_of_layers_beside_blocks_are_refused_by_name(values, sentence):
+    config = transformer_config(hidden_size=64, heads=2, ffn=96, fp8="hybrid")
+    config.fp8_recipe = "delayed"
+    fits = {"attention_head_dim": 32, "expert_ffn_size": 48, "shared_expert_size": 32}
+    given = {name: value for name, value in fits.items() if name in values}
+    check_fp8_sizes(config, megalodon_config(config, z_dim=64, **(values | given)), 64, 1)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_fp8_sizes(config, megalodon_config(config, z_dim=64, **values), 64, 1)
 
 
 def test_every_named_size_fits_every_recipe():
@@ -265,3 +287,31 @@ def test_pretrain_exits_with_the_sentence_and_no_traceback(name):
     assert result.returncode == 1
     assert sentence in result.stdout
     assert "Traceback" not in result.stdout
+
+
+MEGATRONS = ("--spec", "megatron.training.models.gpt", "default_layer_spec")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--megalodon-z-dim", "8"), "--megalodon-z-dim is 8, but --spec megatron.training.mod"),
+        (("--megalodon-size", "200m"), "--megalodon-size is 200m, but --spec"),
+        (("--context-parallel-size", "2"), "--megalodon-sequence-order is contiguous, but with"),
+        (("--freeze-all-layers",), "--freeze-all-layers is set"),
+    ],
+)
+def test_megatrons_own_layers_take_no_values_of_megalodon(arguments, sentence):
+    words = [z for z in TINY if z not in ("--megalodon-chunk-size", "16")]
+    result = launch("-m", "megalodon_mcore", "pretrain", *words, *MEGATRONS, *arguments)
+    (line,) = [z for z in result.stdout.splitlines() if "megalodon-mcore pretrain: " in z]
+    assert result.returncode and sentence in line
+
+
+def test_megatrons_own_layers_take_their_own_values():
+    words = [z for z in TINY if z not in ("--megalodon-chunk-size", "16")]
+    result = launch(
+        *("-m", "megalodon_mcore", "pretrain", *words, *MEGATRONS),
+        *("--position-embedding-type", "rope", "--window-size", "7,0", "--qk-layernorm"),
+    )
+    assert result.returncode == 0, result.stdout[-4000:]

@@ -3,8 +3,15 @@
 import pytest
 
 from training.packed_samples import conversations, document_prefixes, marked_tokenizer
-from training.runs import MODEL, SCHEDULE, save_to, train
-from training.test_packed_data import LAYOUTS, MASKING, SHORT, assert_same
+from training.runs import MODEL, SCHEDULE, save_to, scalars, train
+from training.test_packed_data import (
+    EVALUATION,
+    LAYOUTS,
+    MASKING,
+    SHORT,
+    assert_same,
+    in_place_of,
+)
 from training.test_stock_script import CHECKOUT, POSITIONS, WITHOUT_APEX, pytestmark, script
 
 __all__ = ["pytestmark"]
@@ -63,3 +70,33 @@ def test_stock_script_trains_on_packed_data_like_our_own_pretrain(run, tmp_path,
     arguments, ours = run
     processes, options = LAYOUTS_OF_STOCK[name]
     assert_same(stock(tmp_path, (*arguments, *options), processes), ours)
+
+
+def test_stock_script_evaluates_every_packed_row_like_our_own_pretrain(run, tmp_path):
+    """Of conversations sets have one pack: of more Megatron takes the mean of packs' means."""
+    arguments, _ = run
+    if "--sft" in arguments:
+        files = [conversations(tmp_path / f"{seed}.jsonl", 1, seed) for seed in (7, 9)]
+        arguments = (*arguments, "--valid-data-path", *files, *EVALUATION)
+    else:
+        train_set, *sets = document_prefixes(tmp_path, ("train", "one", "two"))
+        paths = ("--train-data-path", train_set, "--valid-data-path", *sets)
+        arguments = (*in_place_of(arguments, "--data-path", 4, *paths), *EVALUATION)
+    train(tmp_path / "ours", *arguments)
+    stock(tmp_path / "theirs", arguments)
+    for number in range(2):
+        theirs, ours = (
+            scalars(tmp_path / name, f"lm loss validation-{number}") for name in ("theirs", "ours")
+        )
+        assert list(theirs) == [2, 4]
+        assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_stock_script_rearranges_documents_like_our_own_pretrain(tmp_path):
+    tokenizer = str(marked_tokenizer(tmp_path))
+    (prefix,) = document_prefixes(tmp_path, ("fim",))
+    arguments = (*COMMON, "--data-path", prefix, "--split", "1,0,0", "--fim-data")
+    arguments += ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
+    train(tmp_path / "first", *arguments, *save_to(tmp_path / "saved"), "--exit-interval", "1")
+    arguments += ("--load", str(tmp_path / "saved"), "--no-load-optim", "--no-load-rng")
+    assert_same(stock(tmp_path / "theirs", arguments), train(tmp_path / "ours", *arguments))

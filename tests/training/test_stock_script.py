@@ -88,6 +88,38 @@ def test_layouts_train_like_one_process(single, tmp_path, name):
     assert run.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-5)
 
 
+KINDS = {
+    "experts": (
+        ("--num-experts", "4", "--moe-router-topk", "2", "--moe-layer-freq", "2", "--swiglu"),
+        ("--expert-model-parallel-size", "2"),
+    ),
+    "further predictions": (
+        ("--mtp-num-layers", "1", "--swiglu", "--normalization", "RMSNorm"),
+        ("--pipeline-model-parallel-size", "2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_experts_and_further_predictions_train_like_our_own_pretrain(tmp_path, name):
+    kind, options = KINDS[name]
+    checkpoint = tmp_path / "checkpoint"
+    train(tmp_path / "first", *TINY, *kind, *save_to(checkpoint), "--exit-interval", "1")
+    load = ("--load", str(checkpoint), "--no-load-optim", "--no-load-rng")
+    ours = train(tmp_path / "ours", *TINY, *kind, *load)
+    theirs = train(
+        tmp_path / "theirs",
+        *(*COMMON, *POSITIONS, "--disable-bias-linear", *kind, *load, *options),
+        *("--spec", "megalodon_mcore.spec", "megalodon"),
+        program=script(CHECKOUT),
+        processes=2,
+        MEGALODON_CONFIG="chunk_size=16",
+    )
+    assert list(theirs.losses) == [2, 3, 4, 5, 6]
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-5)
+    assert theirs.gradient_norms == pytest.approx(ours.gradient_norms, rel=1e-5)
+
+
 def test_logged_throughput_is_megalodons(tmp_path):
     train(
         tmp_path,

@@ -40,6 +40,43 @@ def test_pretrain_logs_megalodons_flops(tmp_path, options):
     assert found == pytest.approx([flops_of_tiny(bool(options))] * len(found), rel=1e-4)
 
 
+OTHERS = {
+    "MM": (0, ()),
+    # Queries, keys, values and the last projection; half of the scores, and what they weigh.
+    "M-M*": (2 * 64 * 96 + 4 * 64 * 64 + 2 * 64 * LENGTH / 2, ()),
+    # The router; of eight experts two, and the one for all.
+    "MEM": (
+        8 * 64 + (2 * 32 + 16) * 2 * 64,
+        (
+            *("--num-experts", "8", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32"),
+            *("--moe-shared-expert-intermediate-size", "16", "--micro-batch-size", "1"),
+        ),
+    ),
+}
+"""Products of a token in layers beside TINY's blocks, by pattern, and the layers' arguments."""
+
+
+@pytest.mark.parametrize("pattern", OTHERS)
+def test_every_layer_of_a_pattern_counts(tmp_path, pattern):
+    products, options = OTHERS[pattern]
+    train(tmp_path, *TINY, *LOGGED, "--hybrid-layer-pattern", pattern, *options)
+    wanted = flops_of_tiny() + 3 * BATCH * LENGTH * 2 * products
+    assert logged_flops(tmp_path) == pytest.approx([wanted] * 5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [(("--mtp-num-layers", "2"), 2), (("--hybrid-layer-pattern", "MM/M"), 1)],
+)
+def test_layers_that_predict_further_tokens_count(tmp_path, options, layers):
+    """Each is a block, a product that makes one hidden state of two, and the output once more."""
+    train(tmp_path, *TINY, *LOGGED, *options)
+    output = 64 * PADDED_VOCABULARY
+    block = flops_of_tiny() / (3 * BATCH * LENGTH * 2) - output
+    wanted = flops_of_tiny() + 3 * BATCH * LENGTH * 2 * layers * (block / 2 + 2 * 64 * 64 + output)
+    assert logged_flops(tmp_path) == pytest.approx([wanted] * 5, rel=1e-4)
+
+
 def test_a_rest_of_a_chunk_attends_to_itself_alone():
     shape = MegalodonConfig(
         num_layers=1,

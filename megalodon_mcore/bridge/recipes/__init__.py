@@ -25,6 +25,10 @@ from megalodon_mcore.bridge.recipes.megalodon_200m import (
     megalodon_200m_4k_pretrain_config,
     megalodon_200m_32k_pretrain_config,
 )
+from megalodon_mcore.bridge.recipes.megalodon_hybrid import (
+    megalodon_1_3b_hybrid_32k_pretrain_config,
+)
+from megalodon_mcore.bridge.recipes.megalodon_moe import megalodon_7b_a1b_4k_pretrain_config
 from megalodon_mcore.bridge.recipes.megalodon_tiny import megalodon_tiny_pretrain_config
 
 RECIPES: dict[str, Callable[[], ConfigContainer]] = {
@@ -37,6 +41,8 @@ RECIPES: dict[str, Callable[[], ConfigContainer]] = {
     "7b-32k": megalodon_7b_32k_pretrain_config,
     "7b-256k": megalodon_7b_256k_pretrain_config,
     "7b-1m": megalodon_7b_1m_pretrain_config,
+    "1.3b-hybrid-32k": megalodon_1_3b_hybrid_32k_pretrain_config,
+    "7b-a1b-4k": megalodon_7b_a1b_4k_pretrain_config,
 }
 """By the names that the command line knows."""
 

@@ -10,14 +10,22 @@ from megatron.bridge.data.builders import (
     PromptCompletionSFTPreprocessingConfig,
 )
 from megatron.bridge.data.packing.config import PackedSequenceSpecs
+from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training.config import ConfigContainer
+
+from megalodon_mcore.config import MegalodonConfig
+from megalodon_mcore.parameters import linear_modules
 
 BATCH = 128
 """Sequences in a batch, or the pretraining recipe's if those are fewer."""
 
 
 def finetune_config(
-    pretraining: ConfigContainer, pretrained: str | Path, data: str | Path, packed: bool = False
+    pretraining: ConfigContainer,
+    pretrained: str | Path,
+    data: str | Path,
+    packed: bool = False,
+    lora_rank: int | None = None,
 ) -> ConfigContainer:
     """Fine-tunes what a recipe pretrains, with its model and layout.
 
@@ -33,6 +41,8 @@ def finetune_config(
             "input" and "output".
         packed: whether sequences hold as many of those as they have room for, each of which gives
             what it gives alone; micro-batches are one sequence then.
+        lora_rank: trains low-rank adapters of the linear layers alone, of this rank, at the rate
+            of Bridge's own recipes (1e-4).
     """
     cfg = pretraining
     cfg.checkpoint.pretrained_checkpoint = str(pretrained)
@@ -64,10 +74,20 @@ def finetune_config(
     cfg.train.global_batch_size = min(cfg.train.global_batch_size, BATCH)
     cfg.train.train_iters = min(cfg.train.train_iters, 1000)
     cfg.optimizer.lr, cfg.optimizer.min_lr = 5e-6, 0.0
+    if lora_rank is not None:
+        cfg.peft = adapters_of(cfg.model.config(), lora_rank)
+        cfg.optimizer.lr = 1e-4
     cfg.scheduler.lr_warmup_iters = min(cfg.scheduler.lr_warmup_iters, 50)
     cfg.validation.eval_interval = min(cfg.validation.eval_interval, 100)
     cfg.checkpoint.save_interval = min(cfg.checkpoint.save_interval, 100)
     return cfg
+
+
+def adapters_of(config: MegalodonConfig, rank: int) -> LoRA:
+    """Adapters of every linear layer of a model."""
+    modules = {z for symbol in set(config.symbols) for z in linear_modules(config, symbol)}
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    return LoRA(target_modules=targets, dim=rank, alpha=rank)
 
 
 def pad_packed_examples(cfg: ConfigContainer) -> None:

@@ -10,6 +10,7 @@ from megatron.bridge.recipes.utils.optimizer_utils import (
 from megatron.bridge.training.config import ConfigContainer
 
 from megalodon_mcore.bridge.provider import MegalodonModelProvider
+from megalodon_mcore.config import MegalodonConfig
 
 VOCAB_SIZE = 32_000
 """The paper's tokenizer is Llama 2's."""
@@ -22,15 +23,16 @@ TRAINING_TOKENS = 2 * 10**12
 
 
 def paper_config(
-    size: str,
+    model: MegalodonConfig | str,
     seq_length: int,
     *,
     micro_batch_size: int = 1,
     tp: int = 1,
     cp: int = 1,
+    ep: int = 1,
     selective_recompute: bool = False,
 ) -> ConfigContainer:
-    """Pretraining of a named size as the paper pretrains its 7B, in bf16 with float32 gradients.
+    """Pretraining of a model as the paper pretrains its 7B, in bf16 with float32 gradients.
 
     From the paper: AdamW (0.9, 0.95), weight decay 0.1, gradients clipped at norm 1, peak rate
     3.5e-4 with cosine decay, 4M tokens a batch, 2T tokens, no dropout. Of the warm-up (2,000
@@ -42,21 +44,23 @@ def paper_config(
     goes on from it.
 
     Args:
-        size: a name in `megalodon_mcore.config.SIZES`.
+        model: a configuration, or a size's name.
         seq_length: tokens of a sequence.
         micro_batch_size: sequences that a rank computes at once.
         tp: tensor-parallel ranks, with sequence parallelism where there are several.
         cp: context-parallel ranks.
+        ep: ranks that have different experts.
         selective_recompute: compute attention and FFN again in backward instead of keeping them.
     """
     cfg = _pretrain_common()
     cfg.model = MegalodonModelProvider.of(
-        size,
+        model,
         vocab_size=VOCAB_SIZE,
         seq_length=seq_length,
         tensor_model_parallel_size=tp,
         sequence_parallel=tp > 1,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
         transformer_impl="transformer_engine",
     )
     if selective_recompute:

@@ -1,4 +1,4 @@
-"""The random state a dropout draws from, so that ranks agree where they hold the same values.
+"""The random state that numbers are drawn from, so that ranks agree where they hold the same.
 
 Under sequence parallelism Megatron's TransformerBlock runs its layers with the random state that
 differs between tensor-parallel ranks; otherwise with the one they have in common.
@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel.random import (
     get_cuda_rng_tracker,
     get_data_parallel_rng_tracker_name,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalodon_mcore.parallel.tensor_split import TensorSplit
 
@@ -26,5 +27,16 @@ def for_own_part(split: TensorSplit) -> AbstractContextManager:
 def for_common_part(split: TensorSplit) -> AbstractContextManager:
     """For what every tensor-parallel rank computes alike."""
     if split.size == 1 or not split.sequence_parallel:
+        return nullcontext()
+    return get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name())
+
+
+def for_first_values(config: TransformerConfig) -> AbstractContextManager:
+    """For parameters that every tensor-parallel rank draws whole.
+
+    The default state is no place for them on a GPU: Megatron's warm-up has drawn from it by then,
+    as often as the micro-batch and its cut have it.
+    """
+    if config.use_cpu_initialization or not config.perform_initialization:
         return nullcontext()
     return get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name())
