@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from megalodon_mcore.hf.modeling_megalodon import Span, make_span
@@ -21,14 +26,39 @@ if TYPE_CHECKING:
     from megalodon_mcore.hf import MegalodonConfig
 
 
-class Decoding(NamedTuple):
-    """Requests of one token each, computed as the Hugging Face model's cache is."""
+class Decoding:
+    """Requests of one token each, computed as the Hugging Face model's cache is.
 
-    pages: Tensor
-    """Where each has its states, int64 [R]."""
-    span: Span
-    room: int
-    """Slots of a chunk that some of them have filled with this token."""
+    All that differs from step to step is in `blocks` and `ends`, which vLLM writes in place, and
+    what follows from them is computed in the model: so a CUDA graph holds a step.
+    """
+
+    def __init__(
+        self, config: MegalodonConfig, blocks: Tensor, ends: Tensor, room: int, dtype: torch.dtype
+    ) -> None:
+        """Takes what is known before the model runs.
+
+        Args:
+            config: the model's.
+            blocks: where each request has its states, integers [R]; 0 for a row of nobody.
+            ends: tokens of each, this one among them, integers [R]; 0 for a row of nobody.
+            room: slots of a chunk that some of them have filled with this token, or more.
+            dtype: the model's.
+        """
+        self.config, self.blocks, self.ends = config, blocks, ends
+        self.room, self.dtype = room, dtype
+
+    @cached_property
+    def pages(self) -> Tensor:
+        """As blocks, int64."""
+        return self.blocks.long()
+
+    @cached_property
+    def span(self) -> Span:
+        """Where the tokens lie in their requests."""
+        seen = (self.ends.long() - 1).clamp_min(0)
+        like = self.blocks.new_empty(len(seen), 1, self.config.hidden_size, dtype=self.dtype)
+        return make_span(self.config, seen, None, like, True, None)
 
     def read(self, state: Tensor) -> Tensor:
         """The requests' rows of pages [pages, ...], zero where a page holds another's."""
@@ -71,40 +101,11 @@ class Batch(NamedTuple):
     pieces: Pieces | None
 
     @classmethod
-    def of(
-        cls,
-        config: MegalodonConfig,
-        segments: list[Segment],
-        pages: Tensor,
-        decodes: int,
-        dtype: torch.dtype,
-    ) -> Batch:
-        """The batch of these segments, the first of one step each.
-
-        Args:
-            config: the model's.
-            segments: one after another in one row.
-            pages: where each has its states, int64 [S].
-            decodes: how many decode.
-            dtype: the model's.
-        """
-        decoding = pieces = None
-        chunk, positions = config.chunk_size, [z.position for z in segments[:decodes]]
-        if decodes:
-            seen = torch.tensor(positions).to(pages.device, non_blocking=True)
-            like = pages.new_empty(decodes, 1, config.hidden_size, dtype=dtype)
-            span = make_span(config, seen, None, like, True, None)
-            decoding = Decoding(pages[:decodes], span, 1 + max(z % chunk for z in positions))
-        if own := [z._replace(start=z.start - decodes) for z in segments[decodes:]]:
-            table = Segments(own[-1].start + own[-1].length, 1, own)
-            pieces = Pieces.of(table, pages[decodes:], chunk)
-        return cls(decoding, pieces)
-
-    @classmethod
     def of_nobody(cls, config: MegalodonConfig, x: Tensor) -> Batch:
         """Of steps x [length, D] that vLLM tries a model with, in the page that no request has."""
         page = torch.zeros(1, dtype=torch.int64, device=x.device)
-        return cls.of(config, [Segment(0, 0, len(x), 0)], page, 0, x.dtype)
+        table = Segments(len(x), 1, [Segment(0, 0, len(x), 0)])
+        return cls(None, Pieces.of(table, page, config.chunk_size))
 
     def apart(
         self,
@@ -117,7 +118,7 @@ class Batch(NamedTuple):
             return step(self.decoding, *tensors)
         if self.decoding is None:
             return piece(self.pieces, *tensors)
-        n = len(self.decoding.pages)
+        n = len(self.decoding.blocks)
         first = step(self.decoding, *(z[:n] for z in tensors))
         return torch.cat([first, piece(self.pieces, *(z[n:] for z in tensors))])
 
@@ -146,6 +147,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
 
     # vLLM then puts requests of a single token first.
     reorder_batch_threshold = 1
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(
         self,
@@ -156,6 +158,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.model_config = vllm_config.model_config
+        self.in_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
 
     def build(
         self,
@@ -164,14 +167,26 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         fast_build: bool = False,
     ) -> Batch:
         """The Batch of the step's requests."""
-        step = common_attn_metadata
-        starts = step.query_start_loc_cpu.tolist()
-        ends = step.seq_lens_cpu_upper_bound.tolist()
-        segments = [
-            Segment(0, start, stop - start, end - (stop - start))
-            for start, stop, end in zip(starts, starts[1:], ends, strict=False)
-        ]
-        pages = step.block_table_tensor[: len(segments), 0].long()
+        step, config = common_attn_metadata, self.model_config.hf_config
+        blocks, chunk = step.block_table_tensor[: step.num_reqs, 0], config.chunk_size
         decodes = split_decodes_and_prefills(step)[0]
-        config, dtype = self.model_config.hf_config, self.model_config.dtype
-        return Batch.of(config, segments, pages, decodes, dtype)
+        ends = step.seq_lens_cpu_upper_bound.tolist()
+        decoding = pieces = None
+        if decodes:
+            room = 1 + max((z - 1) % chunk for z in ends[:decodes])
+            decoding = Decoding(
+                config,
+                blocks[:decodes],
+                step.seq_lens[:decodes],
+                chunk if self.in_graphs else room,
+                self.model_config.dtype,
+            )
+        if decodes < step.num_reqs:
+            starts = step.query_start_loc_cpu.tolist()
+            segments = [
+                Segment(0, start - decodes, stop - start, end - (stop - start))
+                for start, stop, end in zip(starts, starts[1:], ends, strict=False)
+            ][decodes:]
+            table = Segments(segments[-1].start + segments[-1].length, 1, segments)
+            pieces = Pieces.of(table, blocks[decodes:].long(), chunk)
+        return Batch(decoding, pieces)

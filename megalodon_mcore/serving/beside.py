@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
-from megalodon_mcore.hf.layers_megalodon import Place, make_place, rotate_halves
-from megalodon_mcore.hf.modeling_megalodon import LayerNorm, Rescale, RMSNorm, experts_of, mixture
+from megalodon_mcore.hf.layers_megalodon import (
+    Experts,
+    Place,
+    SharedExpert,
+    make_place,
+    rotate_halves,
+)
+from megalodon_mcore.hf.modeling_megalodon import LayerNorm, Rescale, RMSNorm
+from megalodon_mcore.hf.modeling_megalodon import experts_of as experts_of_config
+from megalodon_mcore.hf.modeling_megalodon import mixture as mixture_of
 from megalodon_mcore.kernels.gates import gated_silu
 
 if TYPE_CHECKING:
@@ -53,6 +66,34 @@ class ExpertsOfBlock(nn.Module):
     def __init__(self, config: MegalodonConfig, index: int) -> None:
         super().__init__()
         self.rescale = Rescale(config, index) if config.rescale_nffn else None
+
+
+HIDDEN_AXIS = {"w1": -2, "w3": -2, "w2": -1}
+"""Of experts' weights: the axis of their hidden columns, which ranks share."""
+
+
+def experts_of(config: MegalodonConfig) -> tuple[Experts, SharedExpert | None]:
+    """A rank's columns of a layer's experts, and of the one for every token where there is one."""
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    own = copy.copy(config)
+    own.moe_intermediate_size = (config.moe_intermediate_size or 0) // ranks
+    own.shared_expert_intermediate_size = (config.shared_expert_intermediate_size or 0) // ranks
+    experts, shared = experts_of_config(own)
+    for module in (experts, shared) if shared else (experts,):
+        for name, parameter in module.named_parameters():
+            axis = HIDDEN_AXIS.get(name.partition(".")[0])
+            if axis is not None:
+                parameter.weight_loader = lambda to, given, axis=axis: to.data.copy_(
+                    given.tensor_split(ranks, axis)[rank]
+                )
+    return experts, shared
+
+
+def mixture(layer: nn.Module, u: Tensor) -> Tensor:
+    """A layer's experts of steps [steps, D], whose columns ranks share."""
+    output = mixture_of(layer, u[:, None])[:, 0]
+    ranks = get_tensor_model_parallel_world_size()
+    return tensor_model_parallel_all_reduce(output) if ranks > 1 else output
 
 
 class DocumentAttention(nn.Module):
@@ -111,7 +152,7 @@ class PlainLayer(nn.Module):
         u = self.norm(x)
         if self.attention is not None:
             return x + self.attention(u, place)
-        return x + (mixture(self, u[:, None])[:, 0] if self.ffn is None else self.ffn(u))
+        return x + (mixture(self, u) if self.ffn is None else self.ffn(u))
 
 
 def place_of(config: MegalodonConfig, positions: Tensor, x: Tensor) -> Place | None:

@@ -14,7 +14,11 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
@@ -25,9 +29,7 @@ from megalodon_mcore.hf.modeling_megalodon import (
     QueryKey,
     RMSNorm,
     TimestepNorm,
-    experts_of,
     joined_statistics,
-    mixture,
 )
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
@@ -39,7 +41,7 @@ from megalodon_mcore.kernels.timestep_norm import (
     timestep_statistics,
 )
 from megalodon_mcore.serving.batch import Batch, Decoding, Pieces
-from megalodon_mcore.serving.beside import ExpertsOfBlock, FeedForward
+from megalodon_mcore.serving.beside import ExpertsOfBlock, FeedForward, experts_of, mixture
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,18 +53,27 @@ OWN, FINAL = 0, 1
 
 
 def state_shapes(config: MegalodonConfig, ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Of a page: mean, var, CEMA's h as pairs, keys and values of a chunk; ranks share heads."""
+    """Of a page: mean, var, CEMA's h as pairs, keys and values of a chunk.
+
+    Ranks share heads; where they are more, some share the columns of a head's values.
+    """
     heads, groups = config.num_attention_heads, config.norm_num_groups
-    keys, values = (
-        (heads // ranks, config.chunk_size, width // heads)
-        for width in (config.z_dim, config.value_dim)
-    )
+    own = max(1, heads // ranks)
+    keys = own, config.chunk_size, config.z_dim // heads
+    values = own, config.chunk_size, config.value_dim // ranks // own
     return (2, groups), (2, groups), (config.hidden_size, config.cema_ndim, 2), keys, values
 
 
 def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """Of those, for a model of this type; means are wide, since a step moves them by its share."""
     return torch.float64, torch.float64, torch.float32, dtype, dtype
+
+
+def columns_of_heads(config: MegalodonConfig, rank: int, ranks: int) -> slice:
+    """A rank's of the z_dim columns: those of its heads, or of the one that it shares."""
+    heads = config.num_attention_heads
+    width, first = config.z_dim // heads, rank * heads // ranks
+    return slice(first * width, (first + max(1, heads // ranks)) * width)
 
 
 class PagedTimestepNorm(TimestepNorm):
@@ -125,11 +136,11 @@ class PagedCEMA(ComplexEMA):
 class PagedAttention(QueryKey):
     """Attention inside chunks of a rank's heads, and the parameters of their queries and keys."""
 
-    def __init__(self, config: MegalodonConfig, rank: int, ranks: int) -> None:
+    def __init__(self, config: MegalodonConfig, own: slice) -> None:
+        """`own` are the rank's of the z_dim columns."""
         super().__init__(config)
-        columns = config.z_dim // ranks
-        own = slice(rank * columns, (rank + 1) * columns)
-        self.num_heads //= ranks
+        columns = own.stop - own.start
+        self.num_heads = self.num_heads * columns // config.z_dim
         for name in ("weight", "bias"):
             parameter = nn.Parameter(torch.zeros(2, columns, dtype=torch.float32))
             parameter.weight_loader = lambda to, given: to.data.copy_(given[:, own])
@@ -185,8 +196,11 @@ class MegalodonBlock(nn.Module, MambaBase):
         self.timestep_norm = PagedTimestepNorm(config)
         self.cema = PagedCEMA(config)
         self.cema_norm = RMSNorm(config)
-        self.wz = columns("wz", config.z_dim)
-        self.query_key = PagedAttention(config, rank, self.ranks)
+        own = columns_of_heads(config, rank, self.ranks)
+        self.wz = ReplicatedLinear(width, own.stop - own.start, prefix=f"{prefix}.wz")
+        for parameter in self.wz.parameters():
+            parameter.weight_loader = lambda to, given: to.data.copy_(given[own])
+        self.query_key = PagedAttention(config, own)
         self.wv = columns("wv", config.value_dim)
         self.wr = columns("wr", config.value_dim)
         # Both halves of one product, whose parts the ranks sum up once.
@@ -243,5 +257,5 @@ class MegalodonBlock(nn.Module, MambaBase):
         u = self.ffn_norm(x + (update + bias.to(update.dtype)))
         if self.experts is None:
             return x + self.ffn(u)
-        output = mixture(self, u[:, None])[:, 0]
+        output = mixture(self, u)
         return x + (output if self.ffn.rescale is None else self.ffn.rescale(output))

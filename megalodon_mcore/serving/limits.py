@@ -37,17 +37,28 @@ class Limits(VerifyAndUpdateConfig):
         cache.mamba_cache_mode = "none"
         # One page holds all that a request ever needs of a layer.
         cache.mamba_block_size = vllm_config.model_config.max_model_len
-        # Tables of segments are made on the host for each step, so no graph can hold a step.
-        vllm_config.compilation_config.mode = CompilationMode.NONE
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE
+        # A graph holds a step of single tokens; tables of pieces are made on the host. Experts'
+        # numbers of tokens are asked of the device.
+        given = compilation.cudagraph_mode
+        graphs = CUDAGraphMode.FULL_DECODE_ONLY if given is None else given.without_piecewise()
+        experts = vllm_config.model_config.hf_config.has("EX")
+        compilation.cudagraph_mode = CUDAGraphMode.NONE if experts else graphs
 
 
 def _refused(options: VllmConfig) -> list[tuple[object, str]]:
     """What is asked for, and what to say if it is."""
     model, cache, ranks = options.model_config, options.cache_config, options.parallel_config
     config, tensor = model.hf_config, ranks.tensor_parallel_size
-    shared = [("num_attention_heads", config.num_attention_heads)]
-    shared.append(("intermediate_size", config.intermediate_size))
+    heads = config.num_attention_heads
+    shared = [("value_dim", config.value_dim)]
+    if config.has("M-"):
+        shared.append(("intermediate_size", config.intermediate_size))
+    if config.has("EX"):
+        shared.append(("moe_intermediate_size", config.moe_intermediate_size))
+        if shared_expert := config.shared_expert_intermediate_size:
+            shared.append(("shared_expert_intermediate_size", shared_expert))
     if config.has("*"):
         shared.append(("num_key_value_heads", config.num_key_value_heads))
     return [
@@ -65,8 +76,14 @@ def _refused(options: VllmConfig) -> list[tuple[object, str]]:
             for name, value in shared
         ),
         (
-            tensor > 1 and config.has("EX"),
-            f"--tensor-parallel-size is {tensor}; experts are served by one rank, so it takes 1.",
+            heads % tensor and tensor % heads,
+            f"--tensor-parallel-size is {tensor}; ranks share num_attention_heads or values in a "
+            f"head, so it takes a divisor or a multiple of {heads}.",
+        ),
+        (
+            ranks.enable_expert_parallel,
+            "--enable-expert-parallel is set, but ranks share every expert's columns; leave it "
+            "out.",
         ),
         (
             model.runner_type != "generate",

@@ -32,10 +32,8 @@ def settle(folder, **options):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (
-            dict(tensor_parallel_size=4),
-            "--tensor-parallel-size is 4; ranks share num_attention_heads",
-        ),
+        (dict(tensor_parallel_size=3), "--tensor-parallel-size is 3; ranks share value_dim"),
+        (dict(enable_expert_parallel=True), "--enable-expert-parallel is set, but"),
         (dict(enable_prefix_caching=True), "--enable-prefix-caching is set, but"),
         (
             dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2}),
@@ -59,9 +57,25 @@ def test_models_without_a_block(tmp_path):
         settle(tmp_path)
 
 
-def test_experts_on_several_ranks(tmp_path):
-    export(tmp_path, build_mixed("MX", num_experts=4))
-    with pytest.raises(ValueError, match="experts are served by one rank"):
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        (
+            SHAPE | dict(num_attention_heads=3, z_dim=48, value_dim=96),
+            "num_attention_heads or values in a head, so it takes a divisor or a multiple of 3",
+        ),
+        (SHAPE | dict(intermediate_size=97), "intermediate_size, so it takes a divisor of 97"),
+    ],
+)
+def test_ranks_that_do_not_divide_it(values, what, tmp_path):
+    export(tmp_path, random_model(**values))
+    with pytest.raises(ValueError, match=f"is 2; ranks share {what}"):
+        settle(tmp_path, tensor_parallel_size=2)
+
+
+def test_ranks_that_do_not_divide_the_experts(tmp_path):
+    export(tmp_path, build_mixed("MX", num_experts=4, moe_intermediate_size=21))
+    with pytest.raises(ValueError, match="ranks share moe_intermediate_size"):
         settle(tmp_path, tensor_parallel_size=2)
 
 
