@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from megalodon_mcore.hf.layers_megalodon import Place, at_least_float32
+from megalodon_mcore.hf.layers_megalodon import Place
 from megalodon_mcore.hf.modeling_megalodon import (
     ComplexEMA,
     LayerNorm,
@@ -34,6 +33,7 @@ from megalodon_mcore.hf.modeling_megalodon import (
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu
+from megalodon_mcore.kernels.paged_attention import paged_attention
 from megalodon_mcore.kernels.query_key import query_key
 from megalodon_mcore.kernels.timestep_norm import (
     TimestepNormState,
@@ -154,11 +154,8 @@ class PagedAttention(QueryKey):
             slots = rows.span.seen % self.chunk_size
             keys[rows.pages, :, slots] = k[:, 0]
             values[rows.pages, :, slots] = v.unflatten(-1, (self.num_heads, -1))
-            held, seen = keys[rows.pages, :, : rows.room], rows.span.mask[..., : rows.room]
-            logits = at_least_float32(q.transpose(1, 2) @ held.mT).masked_fill(~seen, -math.inf)
-            # What slots hold that are not yet filled was another's, and may be no number.
-            held = values[rows.pages, :, : rows.room].masked_fill_(~seen.mT, 0)
-            return (logits.softmax(-1).to(v.dtype) @ held).flatten(1)
+            out = paged_attention(q[:, 0], keys, values, rows.pages, slots + 1, rows.room)
+            return out.flatten(1)
 
         def piece(rows: Pieces, z: Tensor, v: Tensor) -> Tensor:
             z, v = (x[:, None].unflatten(-1, (self.num_heads, -1)) for x in (z, v))

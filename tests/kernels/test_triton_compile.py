@@ -10,13 +10,16 @@ import re
 import subprocess
 import sys
 from functools import lru_cache
+from itertools import product
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import launches
+from megalodon_mcore.kernels.paged_attention import paged_attention
+
+from ahead_of_time import launches, report
 from compiling import EVERY, train
 from operators import OPERATORS, Shape
 from stage import MODULES
@@ -152,6 +155,24 @@ def test_long_and_many_sequences_fit_the_sides_of_a_grid(name, length, batch):
     for launch in launched(name, "7b-paper", length, batch):
         first, *others = launch.grid
         assert first < 2**31 and all(side <= 65_535 for side in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", ["200m", "7b-paper"])
+def test_decoding_compiles_without_spills(size, dtype):
+    shape, requests, pages = Shape.named(size), 3, 5
+    with torch.device("meta"):
+        q = torch.empty(requests, shape.heads, shape.key_width, dtype=dtype)
+        keys, values = (
+            torch.empty(pages, shape.heads, shape.chunk, width, dtype=dtype)
+            for width in (shape.key_width, shape.value_width)
+        )
+        numbers = torch.empty(2, requests, dtype=torch.int64)
+    found = launches(paged_attention, q, keys, values, *numbers)
+    assert [z.kernel.__name__ for z in found] == ["split_kernel", "join_kernel"]
+    for launch, capability in product(found, (80, 90, 100)):
+        assert not report(launch.compile(capability)).spilled
 
 
 def memory(tensor):
