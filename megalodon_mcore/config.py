@@ -212,7 +212,8 @@ class MegalodonConfig:
         for symbol in self.layers:
             if symbol not in SYMBOLS:
                 raise ValueError(
-                    f"layers has {symbol!r}; it takes {', '.join(SYMBOLS)}, for {_listed(SYMBOLS)}."
+                    f"layers has {symbol!r}; it takes {', '.join(SYMBOLS)}, for "
+                    f"{', '.join(SYMBOLS.values())}."
                 )
         if len(self.layers) != self.num_layers and 1 <= self.num_layers <= MAX_LAYERS:
             raise ValueError(
@@ -224,7 +225,11 @@ class MegalodonConfig:
 
     def _check(self) -> None:
         for name, kind in KINDS.items():
-            if kind == "int" and getattr(self, name) is None and self._may_lack(name):
+            if (
+                kind == "int"
+                and getattr(self, name) is None
+                and (not self.has(name) or name == "shared_expert_size")
+            ):
                 continue
             if kind == "int" and not 1 <= getattr(self, name) < 2**31:
                 wanted = "a positive integer" if getattr(self, name) < 1 else "less than 2**31"
@@ -277,9 +282,6 @@ class MegalodonConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it takes {', '.join(choices)}."
                 )
-
-    def _may_lack(self, name: str) -> bool:
-        return not self.has(name) or name == "shared_expert_size"
 
     @property
     def head_dim(self) -> int:
@@ -421,10 +423,6 @@ UNDESCRIBED = {
 
 BALANCING_THAT_CHOOSES = ("sinkhorn", "quantile_balancing")
 """Values of --moe-router-load-balancing-type that change which experts are chosen."""
-
-
-def _listed(names: Mapping[str, str]) -> str:
-    return ", ".join(names.values())
 
 
 def shape_from_arguments(values: Mapping[str, Any], origin: str) -> MegalodonConfig:

@@ -465,10 +465,6 @@ def install(devices: int | None = None) -> _StandIn:
     return stand_in
 
 
-# What install() returns undoes itself at the end of a `with` block, where this name reads better.
-stand_in_for_cuda = install
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Runs the script named first with the rest of the arguments, as python itself would."""
     arguments = sys.argv[1:] if arguments is None else arguments

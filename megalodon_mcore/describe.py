@@ -105,8 +105,8 @@ def streaming_bytes(config: MegalodonConfig, bf16: bool) -> dict[str, int]:
     """
     layers = sum(symbol in BLOCKS for symbol in config.symbols)
     return {
-        # A count in int64; mean and variance in float32. The final norm has its own.
-        "TimestepNorm": (layers + 1) * (8 + 2 * config.norm_num_groups * 4),
+        # Mean and variance in float64. The final norm has its own.
+        "TimestepNorm": (layers + 1) * 2 * config.norm_num_groups * 8,
         "CEMA": layers * config.hidden_size * config.cema_ndim * 8,
         "keys and values": layers
         * config.chunk_size

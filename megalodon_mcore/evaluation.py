@@ -6,6 +6,7 @@ import functools
 import sys
 from argparse import Namespace
 from typing import Any
+from unittest.mock import patch
 
 from megalodon_mcore import full_validation
 from megalodon_mcore.data.split_tokens import NAMES, SplitData, find_splits
@@ -55,7 +56,7 @@ def _weigh_tokens_alike(args: Namespace) -> None:
 
     @functools.wraps(evaluate)
     def evaluate_by_tokens(*arguments: Any, **options: Any) -> Any:
-        with full_validation.changed(args, sft=False):
+        with patch.object(args, "sft", False):
             return evaluate(*arguments, **options)
 
     training.evaluate = evaluate_by_tokens

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -55,20 +55,8 @@ def _set_by_set(evaluate: Callable, args: Namespace, test_iterations: int) -> Ca
             one, iterations = True, test_iterations
         else:
             return
-        with changed(
-            args, eval_iters=iterations, full_validation=False, multiple_validation_sets=not one
-        ):
+        others = {"full_validation": False, "multiple_validation_sets": not one}
+        with patch.multiple(args, eval_iters=iterations, **others):
             evaluate(prefix, forward_step, iterators, *arguments, **options)
 
     return evaluate_sets
-
-
-@contextmanager
-def changed(args: Namespace, **values: object) -> Iterator[None]:
-    """Other values of arguments for a while."""
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
-    try:
-        yield
-    finally:
-        vars(args).update(before)

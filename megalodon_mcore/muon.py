@@ -26,7 +26,9 @@ from megalodon_mcore.parallel.subgroups import subgroup
 
 @dataclass(frozen=True)
 class Matrices:
-    """The matrices in a rank's part of a weight; plain numbers, which a copied parameter keeps.
+    """The matrices in a rank's part of a weight, which Muon orthogonalizes one by one.
+
+    Plain numbers, which a copied parameter keeps as its `megalodon_matrices`.
 
     Args:
         sizes: their extents along `axis`, side by side.
@@ -37,11 +39,6 @@ class Matrices:
     sizes: Sequence[int]
     axis: int
     ranks_per_part: int = 1
-
-
-def mark_matrices(weight: Tensor, matrices: Matrices) -> None:
-    """Lets Muon orthogonalize these one by one."""
-    weight.megalodon_matrices = matrices
 
 
 def mark_no_matrix(parameter: Tensor) -> Tensor:

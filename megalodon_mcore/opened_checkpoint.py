@@ -71,7 +71,6 @@ def open_checkpoint(folder: Path, iteration: int | None, tokenizer: Path | None)
     """
     from megalodon_mcore.checkpoint_tokenizer import MissingTokenizerError
     from megalodon_mcore.conversion.command import open_model
-    from megalodon_mcore.conversion.first_line import first_line
     from megalodon_mcore.conversion.tokenizers import open_tokenizer
 
     if tokenizer is not None and not (tokenizer.exists() and open_tokenizer(tokenizer)):
@@ -88,8 +87,3 @@ def open_checkpoint(folder: Path, iteration: int | None, tokenizer: Path | None)
         return open_model(Namespace(**given, vocab_size=None))
     except MissingTokenizerError as error:
         raise ValueError(f"{error.reason}; give its place with --tokenizer.") from None
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:  # Bytes that changed can say anything.
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{folder} is damaged ({what}).") from None

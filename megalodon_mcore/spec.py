@@ -61,7 +61,6 @@ from megalodon_mcore.validation import (
     check_prediction,
     check_rotation,
     check_supported,
-    check_transformer_engine,
 )
 
 logger = logging.getLogger(__name__)
@@ -255,8 +254,14 @@ class MegalodonSpec:
                     "layers; with --transformer-impl transformer_engine take --fp8-format, or take "
                     "--transformer-impl local."
                 )
-            check_transformer_engine()
-            # Here, because it imports Transformer Engine.
+            # Here, because both import it; Megatron's wrappers look for it once.
+            from megatron.core.extensions.transformer_engine import HAVE_TE
+
+            if not HAVE_TE:
+                raise ValueError(
+                    "--transformer-impl is transformer_engine, Megatron's default, but Transformer "
+                    "Engine does not import here; install it or take --transformer-impl local."
+                )
             from megalodon_mcore.layers.transformer_engine import transformer_engine_submodules
 
             submodules = transformer_engine_submodules(config)
@@ -312,7 +317,7 @@ class MegalodonSpec:
             if arguments is not None:
                 given = values_in_arguments(arguments)
                 if getattr(arguments, "use_checkpoint_args", False):
-                    checkpoint = values_in_checkpoint(arguments)
+                    checkpoint = values_in_arguments(_arguments_in_checkpoint(arguments))
             own = settle(given, checkpoint, self.size)
         resolved = MegalodonConfig(
             num_layers=config.num_layers,
@@ -351,12 +356,6 @@ def _values_beside_blocks(config: TransformerConfig, pattern: str | None) -> dic
     found = {ours: getattr(config, name, None) for ours, name in theirs.items()}
     layers = layers_of(pattern, config.num_layers, config.num_moe_experts, config.moe_layer_freq)
     return {"layers": layers} | {ours: z for ours, z in found.items() if z is not None}
-
-
-def values_in_checkpoint(arguments: Namespace) -> dict[str, Any]:
-    """The Megalodon values that the checkpoint under --load was trained with, if there is one."""
-    trained = _arguments_in_checkpoint(arguments)
-    return values_in_arguments(trained) if trained else {}
 
 
 def _arguments_in_checkpoint(arguments: Namespace) -> Namespace | None:

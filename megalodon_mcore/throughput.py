@@ -6,7 +6,6 @@ nothing can replace from outside but its module's name for it.
 
 from __future__ import annotations
 
-import functools
 import sys
 from argparse import Namespace
 
@@ -17,45 +16,30 @@ from megalodon_mcore.config import (
     shape_from_arguments,
 )
 
-NAME = "num_floating_point_operations"
-
 
 def count_own_flops() -> None:
     """Puts `flops_of_batch` in the place of Megatron's count, where its training loop is used."""
     training = sys.modules.get("megatron.training.training")
-    megatrons = getattr(training, NAME, None)
-    if megatrons is None or hasattr(megatrons, "__wrapped__"):
-        return
-
-    @functools.wraps(megatrons)
-    def count(
-        args: Namespace,
-        batch_size: int,
-        seqlen_squared_sum_in_batch: float | None = None,
-        total_real_tokens_in_batch: float | None = None,
-    ) -> float:
-        return flops_of_batch(
-            args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch
-        )
-
-    setattr(training, NAME, count)
+    if training is not None:
+        training.num_floating_point_operations = flops_of_batch
 
 
 def flops_of_batch(
     args: Namespace,
     batch_size: int,
-    squared_lengths: float | None = None,
-    tokens: float | None = None,
+    seqlen_squared_sum_in_batch: float | None = None,
+    total_real_tokens_in_batch: float | None = None,
 ) -> float:
-    """Of all ranks for one global batch.
+    """Of all ranks for one global batch; arguments are named as in Megatron's function.
 
     Args:
         args: Megatron's, with what the spec resolved.
         batch_size: sequences of args.seq_length, where the rest is None.
-        squared_lengths: the sum over packed documents; what blocks attend to is taken to be what
-            they do in documents of their mean length, each weighted by its length.
-        tokens: in all of them.
+        seqlen_squared_sum_in_batch: over packed documents; what blocks attend to is taken to be
+            what they do in documents of their mean length, each weighted by its length.
+        total_real_tokens_in_batch: in all of them.
     """
+    squared_lengths, tokens = seqlen_squared_sum_in_batch, total_real_tokens_in_batch
     if not tokens or not squared_lengths:
         tokens = batch_size * args.seq_length
         squared_lengths = tokens * args.seq_length

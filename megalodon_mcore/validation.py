@@ -254,22 +254,6 @@ def _check_sequence(config: TransformerConfig, order: str, length: int) -> None:
         )
 
 
-def check_transformer_engine() -> None:
-    """Checks that --transformer-impl transformer_engine can be had.
-
-    Raises:
-        ValueError: it does not import.
-    """
-    # Megatron's wrappers look for it once, when they are first imported.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    if not HAVE_TE:
-        raise ValueError(
-            "--transformer-impl is transformer_engine, Megatron's default, but Transformer Engine "
-            "does not import here; install it or take --transformer-impl local."
-        )
-
-
 def check_fp8_sizes(
     config: TransformerConfig,
     megalodon: MegalodonConfig,

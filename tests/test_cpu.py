@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs n
 
 @pytest.fixture
 def cuda() -> Iterator[None]:
-    with cpu.stand_in_for_cuda(devices=2):
+    with cpu.install(devices=2):
         yield
 
 
@@ -216,7 +216,7 @@ def test_undo_restores_everything():
 def test_a_real_gpu_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = attributes()
-    with cpu.stand_in_for_cuda():
+    with cpu.install():
         assert attributes() == before
 
 

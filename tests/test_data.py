@@ -5,6 +5,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -633,7 +634,7 @@ def test_command_line(tmp_path, corpus, capsys):
     words = [str(corpus[0]), "--output-prefix", str(prefix), "--split", "0.8,0.1,0.1"]
     assert prepare_command.run(parser.parse_args(words)) == 0
     out, err = capsys.readouterr()
-    assert PreparedData.load(prefix).megatron_command_line() in out
+    assert shlex.join(PreparedData.load(prefix).megatron_arguments()) in out
     assert "tokenizing" in err
     assert prepare_command.run(parser.parse_args(words)) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -13,6 +13,9 @@ from building import LISTED
 from megalodon_mcore.__main__ import main
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.describe import growing_bytes, streaming_bytes
+from megalodon_mcore.hf import MegalodonConfig as HuggingFaceConfig
+from megalodon_mcore.hf import MegalodonForCausalLM
+from megalodon_mcore.hf.modeling_megalodon import ROWS
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.measure import (
     SentBytes,
@@ -453,6 +456,19 @@ def test_describe_without_a_layout_prints_one_rank(capsys, monkeypatch):
     size = dataclasses.replace(SIZES["200m"], chunk_size=512, cema_ndim=8)
     assert f"{streaming_bytes(size, True)['keys and values']:,}" in printed
     assert f"{12 * 1024 * (4 * 8 + 2):,}" in printed
+
+
+def test_streaming_state_is_the_caches():
+    values = dict(hidden_size=64, vocab_size=8, num_hidden_layers=3, chunk_size=16, cema_ndim=4)
+    values |= dict(intermediate_size=96, num_attention_heads=2, swiglu=True)
+    model = MegalodonForCausalLM(HuggingFaceConfig(**values))
+    with torch.no_grad():
+        states = model(torch.zeros(1, 5, dtype=torch.int64), use_cache=True).past_key_values.states
+    held = [z for state in states for name, z in state.items() if name in ROWS]
+    config = MegalodonConfig(
+        num_layers=3, hidden_size=64, ffn_hidden_size=96, num_heads=2, chunk_size=16, cema_ndim=4
+    )
+    assert sum(streaming_bytes(config, False).values()) == sum(z.nbytes for z in held)
 
 
 def test_describe_says_what_a_pattern_has(capsys):

@@ -30,7 +30,6 @@ class Settings:
         f"models: {MEGALODON}, {GPT}, {WINDOW} (sliding-window attention), {HE} (GPT whose weights "
         "start with Megalodon's deviations and not with Megatron's 0.02); --patterns adds more",
         (MEGALODON, HE),
-        laptop=(MEGALODON, GPT, HE),
         gpu=(MEGALODON, GPT, HE),
     )
     layers: int = _value("layers of Megalodon and GPT", 4, gpu=12)

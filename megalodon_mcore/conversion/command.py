@@ -95,13 +95,7 @@ def run(args: Namespace) -> int:
         raise FileNotFoundError(f"{args.input} is no folder.")
     try:
         with new_folder(args.output, args.input, args.overwrite) as folder:
-            try:
-                model = open_model(args)
-            except (ValueError, FileNotFoundError):
-                raise
-            except Exception as error:  # Bytes that changed can say anything.
-                what = f"{type(error).__name__}: {first_line(error)}"
-                raise ValueError(f"{args.input} is damaged ({what}).") from None
+            model = open_model(args)
             dtype = DTYPES[args.dtype] if args.dtype else model.dtype
             write = {
                 "mcore": partial(
@@ -138,6 +132,16 @@ def open_model(args: Namespace) -> OpenModel:
         FileNotFoundError: a file of it is missing.
         ValueError: it is damaged.
     """
+    try:
+        return _open(args)
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # Bytes that changed can say anything.
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{args.input} is damaged ({what}).") from None
+
+
+def _open(args: Namespace) -> OpenModel:
     if args.source == "mcore":
         return open_mcore(args.input, args.iteration, args.tokenizer, args.vocab_size)
     if args.iteration is not None or args.vocab_size is not None:

@@ -23,7 +23,7 @@ from megalodon_mcore.conversion.tokenizers import (
     open_tokenizer,
 )
 from megalodon_mcore.conversion.torch_dist_reader import safe_load
-from megalodon_mcore.conversion.torch_file import TorchFile, unwritten
+from megalodon_mcore.conversion.torch_file import TorchFile
 from megalodon_mcore.parameters import Parameter, parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,9 +111,6 @@ def write_released(
     finally:
         for file in files:
             file.close()
-    left = next(unwritten(files), None)
-    if left is not None:
-        raise ValueError(f"{left} was not written.")
     names = {value: key for key, value in DTYPES.items()}
     write_object(
         folder / "consolidate_config.json",

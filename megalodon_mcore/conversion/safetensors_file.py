@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megalodon_mcore.conversion.first_line import first_line
-from megalodon_mcore.conversion.raw_bytes import raw_bytes
+from megalodon_mcore.tensor_digest import raw_bytes
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -60,10 +60,6 @@ class TorchDistReader:
         entry = self.entries.get(key)
         return tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
 
-    def dtype(self, key: str) -> torch.dtype:
-        """A tensor's type."""
-        return self.entries[key].properties.dtype
-
     def read(self, key: str, ranges: list[tuple[int, int]]) -> Tensor:
         """The part of a tensor that lies in these ranges [start, stop) of its axes.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megalodon_mcore.conversion.raw_bytes import raw_bytes
+from megalodon_mcore.tensor_digest import raw_bytes
 
 
 class TorchFile:
@@ -32,7 +31,6 @@ class TorchFile:
             placed = torch.load(path, weights_only=True)
         self.offsets = {n: t.untyped_storage()._checkpoint_offset for n, t in placed.items()}
         self.shapes = shapes
-        self.missing = set(shapes)
         self.file = path.open("r+b")
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -45,14 +43,7 @@ class TorchFile:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced.")
         self.file.seek(self.offsets[name])
         self.file.write(raw_bytes(tensor))
-        self.missing.discard(name)
 
     def close(self) -> None:
         """Lets go of the file."""
         self.file.close()
-
-
-def unwritten(files: list[TorchFile]) -> Iterator[str]:
-    """Names of tensors that were announced and never filled in."""
-    for file in files:
-        yield from file.missing

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,10 +56,6 @@ class PreparedData:
         if "all" in self.datasets:
             arguments += ["--split", working_split(self.datasets["all"].sequences)]
         return arguments
-
-    def megatron_command_line(self) -> str:
-        """`megatron_arguments` as text for a shell."""
-        return shlex.join(self.megatron_arguments())
 
     def save(self, output_prefix: str | os.PathLike, file: Path | None = None) -> Path:
         """Write the sidecar of `output_prefix` (into `file`, if it is to be moved there later)."""

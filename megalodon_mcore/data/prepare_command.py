@@ -1,6 +1,7 @@
 """The command line of `megalodon-mcore prepare-data`."""
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -136,5 +137,5 @@ def run(args: argparse.Namespace) -> int:
     if prepared.skipped_files:
         print(f"{prepared.skipped_files} files were skipped because they are not UTF-8 text")
     print(f"described in {metadata_path(args.output_prefix)}; took {seconds:.1f} s")
-    print("\nTo train on this with Megatron, pass:\n" + prepared.megatron_command_line())
+    print("\nTo train on this with Megatron, pass:\n" + shlex.join(prepared.megatron_arguments()))
     return 0

@@ -6,18 +6,22 @@ do not know: channels, heads that ranks share, weights of several parts, gradien
 
 from __future__ import annotations
 
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank
-from torch import nn
+from torch import Tensor, nn
 
 from megalodon_mcore.config import MegalodonConfig
-from megalodon_mcore.muon import Matrices, mark_matrices
-from megalodon_mcore.parallel.checkpoint_shards import Offsets, column_parts_factory
-from megalodon_mcore.parallel.shared_parameters import mark_split, start_alike, sum_gradient_over
+from megalodon_mcore.muon import Matrices
+from megalodon_mcore.parallel.shared_parameters import start_alike, sum_gradient_over
 from megalodon_mcore.parallel.tensor_split import TensorSplit
 from megalodon_mcore.parameters import Row, checkpoint_suffix, rows_by_parameter
+
+Offsets = tuple[tuple[int, int, int], ...]
+"""Megatron's sharded_offsets: (axis, place, places) of axes put before the tensor's own."""
 
 
 def mark_parameters(
@@ -42,11 +46,13 @@ def mark_parameters(
         if parameter.dim() == 2 and not row.float32 and (len(rows) > 1 or shared):
             axis, parts = _parts(rows, config, split)
             ranks_per_part = split.ranks_per_head if shared else 1
-            mark_matrices(parameter, Matrices(parts, axis, ranks_per_part))
+            parameter.megalodon_matrices = Matrices(parts, axis, ranks_per_part)
         if split.size == 1:
             continue
         if _is_ours(row, split):
-            mark_split(parameter, row.tp, counts_here=not shared or split.rank_in_head == 0)
+            # The gradient's norm adds parts up, and of those that several ranks have counts one.
+            parameter.tensor_model_parallel = not shared or split.rank_in_head == 0
+            parameter.partition_dim, parameter.partition_stride = row.tp, 1
         if shared:
             start_alike(parameter, split.head_group())
         if row.gradient == "positions" and split.sequence_parallel:
@@ -118,3 +124,45 @@ def _parts(rows: list[Row], config: MegalodonConfig, split: TensorSplit) -> tupl
     assert axis is not None
     ranks = split.head_shares if rows[0].by_heads else split.size
     return axis, [row.shape_in(config)[axis] // ranks for row in rows]
+
+
+def column_parts_factory(
+    whole: ShardedTensor,
+    columns: list[int],
+    suffixes: list[str],
+    place: int,
+    places: int,
+    offsets: Offsets,
+) -> ShardedTensorFactory:
+    """Saves column ranges of a weight as tensors of their own, each cut along its columns.
+
+    Args:
+        whole: Megatron's entry for this rank's weight [out, sum(columns)].
+        columns: widths of this rank's ranges.
+        suffixes: what each range's name in the checkpoint ends with.
+        place: this rank's part of each range.
+        places: how many ranks share each.
+        offsets: Megatron's sharded_offsets.
+    """
+
+    @torch.no_grad()
+    def build(
+        key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        return [
+            ShardedTensor.from_rank_offsets(
+                key + suffix,
+                part,
+                *offsets,
+                (1 + len(offsets), place, places),
+                replica_id=replica_id,
+                prepend_axis_num=len(offsets),
+            )
+            for suffix, part in zip(suffixes, tensor.split(columns, dim=1), strict=True)
+        ]
+
+    @torch.no_grad()
+    def merge(parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=1)
+
+    return ShardedTensorFactory(whole.key, whole.data, build, merge, whole.replica_id)

@@ -40,13 +40,3 @@ def mark_sequence_parallel(module: torch.nn.Module) -> None:
     """
     for parameter in module.parameters(recurse=False):
         parameter.sequence_parallel = True
-
-
-def mark_split(parameter: Parameter, axis: int, counts_here: bool) -> None:
-    """Tells Megatron that ranks hold different parts, so that the gradient's norm adds them up.
-
-    `counts_here` is false on all but one of the ranks that hold the same part.
-    """
-    parameter.tensor_model_parallel = counts_here
-    parameter.partition_dim = axis
-    parameter.partition_stride = 1

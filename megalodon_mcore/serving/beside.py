@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -68,6 +69,18 @@ class ExpertsOfBlock(nn.Module):
         self.rescale = Rescale(config, index) if config.rescale_nffn else None
 
 
+def loader_of_part(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], None]:
+    """What vLLM calls to load a rank's part of a weight; it knows the arguments by these names."""
+
+    def load(param: Tensor, loaded_weight: Tensor) -> None:
+        own = part(loaded_weight)
+        # copy_ would spread a smaller one out.
+        assert own.shape == param.shape
+        param.data.copy_(own)
+
+    return load
+
+
 HIDDEN_AXIS = {"w1": -2, "w3": -2, "w2": -1}
 """Of experts' weights: the axis of their hidden columns, which ranks share."""
 
@@ -83,8 +96,8 @@ def experts_of(config: MegalodonConfig) -> tuple[Experts, SharedExpert | None]:
         for name, parameter in module.named_parameters():
             axis = HIDDEN_AXIS.get(name.partition(".")[0])
             if axis is not None:
-                parameter.weight_loader = lambda to, given, axis=axis: to.data.copy_(
-                    given.tensor_split(ranks, axis)[rank]
+                parameter.weight_loader = loader_of_part(
+                    lambda given, axis=axis: given.tensor_split(ranks, axis)[rank]
                 )
     return experts, shared
 

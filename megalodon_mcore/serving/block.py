@@ -41,7 +41,13 @@ from megalodon_mcore.kernels.timestep_norm import (
     timestep_statistics,
 )
 from megalodon_mcore.serving.batch import Batch, Decoding, Pieces
-from megalodon_mcore.serving.beside import ExpertsOfBlock, FeedForward, experts_of, mixture
+from megalodon_mcore.serving.beside import (
+    ExpertsOfBlock,
+    FeedForward,
+    experts_of,
+    loader_of_part,
+    mixture,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -112,6 +118,13 @@ class PagedCEMA(ComplexEMA):
     step_weights: tuple[Tensor, ...] | None = None
     """What a step takes from the parameters, once they are loaded."""
 
+    @torch.inference_mode()
+    def renew(self) -> None:
+        """After parameters changed: in place, since CUDA graphs read it where it is."""
+        if self.step_weights is not None:
+            for held, new in zip(self.step_weights, self._step_weights(), strict=True):
+                held.copy_(new)
+
     def forward(self, x: Tensor, batch: Batch, averages: Tensor) -> Tensor:
         """[steps, D] to the same; pages' h [pages, D, N, 2] become those after it."""
 
@@ -143,7 +156,7 @@ class PagedAttention(QueryKey):
         self.num_heads = self.num_heads * columns // config.z_dim
         for name in ("weight", "bias"):
             parameter = nn.Parameter(torch.zeros(2, columns, dtype=torch.float32))
-            parameter.weight_loader = lambda to, given: to.data.copy_(given[:, own])
+            parameter.weight_loader = loader_of_part(lambda given: given[:, own])
             setattr(self, name, parameter)
 
     def forward(self, z: Tensor, v: Tensor, batch: Batch, keys: Tensor, values: Tensor) -> Tensor:
@@ -196,7 +209,7 @@ class MegalodonBlock(nn.Module, MambaBase):
         own = columns_of_heads(config, rank, self.ranks)
         self.wz = ReplicatedLinear(width, own.stop - own.start, prefix=f"{prefix}.wz")
         for parameter in self.wz.parameters():
-            parameter.weight_loader = lambda to, given: to.data.copy_(given[own])
+            parameter.weight_loader = loader_of_part(lambda given: given[own])
         self.query_key = PagedAttention(config, own)
         self.wv = columns("wv", config.value_dim)
         self.wr = columns("wr", config.value_dim)
@@ -233,10 +246,9 @@ class MegalodonBlock(nn.Module, MambaBase):
 
     def batch(self, x: Tensor) -> Batch:
         """The requests that x [steps, D] is of."""
-        batches = get_forward_context().attn_metadata
-        if batches is None:
-            return Batch.of_nobody(self.config, x)
-        return batches[self.prefix]
+        # vLLM tries models, and tunes kernels, with batches that leave layers with states out.
+        batch = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        return Batch.of_nobody(self.config, x) if batch is None else batch
 
     def forward(self, x: Tensor, place: Place | None = None) -> Tensor:
         """[steps, D] to the same; updates the pages, of which a batch says more than a place."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,18 +42,55 @@ class Limits(VerifyAndUpdateConfig):
         cache.mamba_block_size = vllm_config.model_config.max_model_len
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
-        # A graph holds a step of single tokens; tables of pieces are made on the host. Experts'
-        # numbers of tokens are asked of the device.
-        given = compilation.cudagraph_mode
+        compilation.cudagraph_mode = _graphs(vllm_config)
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE and current_platform.is_cuda_alike():
+            _leave_a_page_each(vllm_config, current_platform.get_device_total_memory())
+
+
+def _graphs(options: VllmConfig) -> CUDAGraphMode:
+    """The steps that CUDA graphs hold: those of single tokens.
+
+    Tables of pieces are made on the host, and experts' numbers of tokens asked of the device.
+    """
+    given = options.compilation_config.cudagraph_mode
+    eager = options.model_config.enforce_eager or options.optimization_level == 0
+    if options.model_config.hf_config.has("EX") or (given is None and eager):
+        graphs = CUDAGraphMode.NONE
+    else:
         graphs = CUDAGraphMode.FULL_DECODE_ONLY if given is None else given.without_piecewise()
-        experts = vllm_config.model_config.hf_config.has("EX")
-        compilation.cudagraph_mode = CUDAGraphMode.NONE if experts else graphs
+    if given not in (None, graphs):
+        logger.warning("cudagraph_mode is %s; of this model it is %s.", given.name, graphs.name)
+    return graphs
+
+
+# Of a GPU's memory that is left by the weights; steps take the rest.
+SHARE_OF_PAGES = 0.8
+
+
+def _leave_a_page_each(options: VllmConfig, memory: int) -> None:
+    """Lowers --max-num-seqs to what has pages in so many bytes: graphs are recorded for as many."""
+    from megalodon_mcore.serving.block import state_dtypes, state_shapes
+
+    model, cache, scheduler = options.model_config, options.cache_config, options.scheduler_config
+    ranks, config = options.parallel_config.tensor_parallel_size, model.hf_config
+    shapes, dtypes = state_shapes(config, ranks), state_dtypes(model.dtype)
+    page = sum(math.prod(z) * t.itemsize for z, t in zip(shapes, dtypes, strict=True))
+    blocks = sum(symbol in "MX" for symbol in config.symbols)
+    weights = sum(file.stat().st_size for file in Path(model.model).glob("*.safetensors")) / ranks
+    room = cache.kv_cache_memory_bytes or memory * cache.gpu_memory_utilization - weights
+    most = max(1, int(SHARE_OF_PAGES * room / (page * blocks)))
+    if scheduler.max_num_seqs > most:
+        logger.warning(
+            "--max-num-seqs is %d, but about %d requests' states have room: it is lowered to that.",
+            *(scheduler.max_num_seqs, most),
+        )
+        scheduler.max_num_seqs = most
 
 
 def _refused(options: VllmConfig) -> list[tuple[object, str]]:
     """What is asked for, and what to say if it is."""
     model, cache, ranks = options.model_config, options.cache_config, options.parallel_config
-    config, tensor = model.hf_config, ranks.tensor_parallel_size
+    config, tensor, offload = model.hf_config, ranks.tensor_parallel_size, options.offload_config
     heads = config.num_attention_heads
     shared = [("value_dim", config.value_dim)]
     if config.has("M-"):
@@ -120,7 +160,42 @@ def _refused(options: VllmConfig) -> list[tuple[object, str]]:
             "float64, keys and values of the model's type, so it takes auto.",
         ),
         (
-            options.kv_transfer_config,
-            "--kv-transfer-config is set, but it moves keys and values alone; leave it out.",
+            cache.mamba_ssm_cache_dtype != "auto",
+            f"--mamba-ssm-cache-dtype is {cache.mamba_ssm_cache_dtype}; averages are float32, so "
+            "it takes auto.",
+        ),
+        (
+            cache.mamba_block_size not in (None, model.max_model_len),
+            f"--mamba-block-size is {cache.mamba_block_size}, but a page holds a request whatever "
+            "its length; leave it out.",
+        ),
+        (
+            cache.mamba_cache_mode != "none",
+            f"--mamba-cache-mode is {cache.mamba_cache_mode}, but no prefix is cached; leave it "
+            "out.",
+        ),
+        (
+            cache.user_specified_block_size and not config.has("*"),
+            f"--block-size is {cache.block_size}, but no layer of the model keeps tokens in "
+            "blocks; leave it out.",
+        ),
+        (
+            options.kv_transfer_config or cache.kv_offloading_size,
+            "--kv-transfer-config or --kv-offloading-size is set, but keys and values alone would "
+            "be moved; leave it out.",
+        ),
+        (
+            offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size,
+            "--cpu-offload-gb or --offload-group-size is set, but the weights stay on the device; "
+            "leave it out.",
+        ),
+        (
+            ranks.decode_context_parallel_size > 1 or ranks.prefill_context_parallel_size > 1,
+            "--decode-context-parallel-size or --prefill-context-parallel-size is set, but a "
+            "request is not cut among ranks; take --tensor-parallel-size.",
+        ),
+        (
+            ranks.use_ubatching,
+            "--enable-dbo or --ubatch-size is set, but a step is computed as one; leave it out.",
         ),
     ]

@@ -126,7 +126,7 @@ class _CausalLM(nn.Module, HasInnerState):
         if missing := sorted(parameters.keys() - loaded):
             raise ValueError(f"The weights lack {', '.join(missing)}; convert the checkpoint anew.")
         for layer in self.model.blocks:
-            layer.cema.step_weights = None
+            layer.cema.renew()
         return loaded
 
     @classmethod

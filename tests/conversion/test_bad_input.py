@@ -10,7 +10,8 @@ import torch
 from conversion_samples import contents, convert, hf_folder
 from safetensors.torch import load_file, save_file
 
-from megalodon_mcore.conversion import raw_bytes, safetensors_file, torch_dist_writer, torch_file
+from megalodon_mcore import tensor_digest
+from megalodon_mcore.conversion import safetensors_file, torch_dist_writer, torch_file
 
 NAME = "swiglu-two-heads-rescale"
 
@@ -224,7 +225,7 @@ def test_a_full_disk(good, target, tmp_path, capsys, monkeypatch):
         written.append(tensor)
         if len(written) > full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return raw_bytes.raw_bytes(tensor)
+        return tensor_digest.raw_bytes(tensor)
 
     monkeypatch.setattr(safetensors_file, "raw_bytes", write)
     monkeypatch.setattr(torch_file, "raw_bytes", write)

@@ -148,7 +148,7 @@ def test_where_the_cpu_stands_in_for_cuda(compiled):
     """Which keeps all else from being compiled."""
     torch.manual_seed(0)
     leaves = of_row_norm.inputs("rms", (9, 2, 4))
-    with cpu.stand_in_for_cuda():
+    with cpu.install():
         torch.compile(lambda x: x + 1)(leaves[0])
         before = compiled()
         of_row_norm.compare("rms", leaves, 1e-6)

@@ -80,7 +80,7 @@ def graphs(monkeypatch, plugin):
     build = BatchBuilder.build
 
     def in_graphs(self, *args, **options):
-        self.in_graphs = True
+        self.bounded = False
         return build(self, *args, **options)
 
     monkeypatch.setattr(BatchBuilder, "build", in_graphs)

@@ -44,11 +44,62 @@ def settle(folder, **options):
         (dict(mamba_cache_dtype="float16"), "--mamba-cache-dtype is float16"),
         (dict(pipeline_parallel_size=2), "--pipeline-parallel-size is 2; a Megalodon"),
         (dict(runner="pooling"), "--runner is pooling"),
+        (dict(mamba_ssm_cache_dtype="float32"), "--mamba-ssm-cache-dtype is float32"),
+        (dict(mamba_block_size=64), "--mamba-block-size is 64"),
+        (dict(block_size=64), "--block-size is 64"),
+        (dict(kv_offloading_size=1), "--kv-transfer-config or --kv-offloading-size is set"),
+        (dict(cpu_offload_gb=1), "--cpu-offload-gb or --offload-group-size is set"),
+        (
+            dict(tensor_parallel_size=2, decode_context_parallel_size=2),
+            "--decode-context-parallel-size or --prefill-context-parallel-size is set",
+        ),
+        (dict(ubatch_size=2), "--enable-dbo or --ubatch-size is set"),
     ],
 )
 def test_options(folder, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         settle(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "options", "mode"),
+    [
+        ("MM", {}, "FULL_DECODE_ONLY"),
+        ("MM", {"optimization_level": 0}, "NONE"),
+        ("MM", {"enforce_eager": True}, "NONE"),
+        ("MM", {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, "NONE"),
+        (
+            "MM",
+            {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+            "FULL_DECODE_ONLY",
+        ),
+        ("MX", {}, "NONE"),
+    ],
+)
+def test_graphs_hold_steps_of_single_tokens(symbols, options, mode, tmp_path, monkeypatch):
+    from megalodon_mcore.serving import limits
+
+    model = random_model(**SHAPE) if symbols == "MM" else build_mixed(symbols, num_experts=4)
+    export(tmp_path, model)
+    found, graphs = [], limits._graphs
+    # A CPU has none in the end.
+    monkeypatch.setattr(limits, "_graphs", lambda z: found.append(graphs(z)) or found[-1])
+    settle(tmp_path, **options)
+    assert found[-1].name == mode
+
+
+def test_graphs_leave_a_page_each(folder):
+    from megalodon_mcore.serving.limits import _leave_a_page_each
+
+    settings = settle(folder, max_num_seqs=100, gpu_memory_utilization=0.5, dtype="bfloat16")
+    # What VLLM_CPU_KVCACHE_SPACE sets.
+    settings.cache_config.kv_cache_memory_bytes = None
+    (weights,) = folder.glob("*.safetensors")
+    # Of SHAPE: mean and var, averages, keys and values, of each of two blocks.
+    request = 2 * (4 * 4 * 8 + 64 * 4 * 2 * 4 + 16 * (32 + 128) * 2)
+    for memory, most in ((10**9, 100), (int(2 * (request * 11 + weights.stat().st_size)), 8)):
+        _leave_a_page_each(settings, memory)
+        assert settings.scheduler_config.max_num_seqs == most
 
 
 def test_models_without_a_block(tmp_path):
