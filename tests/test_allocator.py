@@ -4,8 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from megalodon_mcore.allocator import with_large_pages
 
 PROGRAM = """
 import resource
@@ -18,6 +21,7 @@ before = faults()
 bytearray(64 << 20)
 print(faults() - before)
 """
+PAGES = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 
 def run(**environment):
@@ -35,8 +39,21 @@ def run(**environment):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_a_second_allocation_takes_no_new_pages():
-    pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
     applied, faults = run()
-    assert applied and faults < pages / 100
+    assert applied and faults < PAGES / 100
     applied, faults = run(MALLOC_ARENA_MAX="1")
-    assert not applied and faults > pages / 2
+    assert not applied and faults > PAGES / 2
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
+    reason="the system gives no large pages unless they are reserved",
+)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_large_pages():
+    _, faults = run(MALLOC_ARENA_MAX="1", **with_large_pages({}))
+    assert faults < PAGES / 10
+    assert with_large_pages({"GLIBC_TUNABLES": "mine"}) == {"GLIBC_TUNABLES": "mine"}

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megalodon_mcore.allocator import with_large_pages
 from megalodon_mcore.compare.equal_size import Shape
 from megalodon_mcore.compare.presets import GPTS, HE, MEGALODON, WINDOW, Settings
 from megalodon_mcore.folder_lock import lock_folder
@@ -154,6 +155,7 @@ def run(command: str, arguments: Sequence[str], log: Path, name: str, steps: int
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=with_large_pages(os.environ),
         # Held by the child too, so that one left alone by a killed parent keeps it.
         pass_fds=_locks,
     )
