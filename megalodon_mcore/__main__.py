@@ -37,16 +37,18 @@ def main(argv: list[str] | None = None) -> int:
 
         return measure.main(argv[1:])
     if argv and argv[0] in RECIPE_COMMANDS:
-        return _run_recipe(argv[0], argv[1:])
-    parser, commands = _build_parser()
-    args = parser.parse_args(argv)
+        command, run = argv[0], lambda: _run_recipe(*argv)
+    else:
+        parser, commands = _build_parser()
+        args = parser.parse_args(argv)
+        command, run = args.command, lambda: commands[args.command].run(args)
     try:
-        return commands[args.command].run(args)
+        return run()
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"megalodon-mcore {args.command}: {error}", file=sys.stderr)
+        print(f"megalodon-mcore {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"megalodon-mcore {args.command}: interrupted.", file=sys.stderr)
+        print(f"megalodon-mcore {command}: interrupted.", file=sys.stderr)
         return 130
 
 
@@ -81,29 +83,19 @@ def _build_parser() -> tuple[ArgumentParser, dict]:
     return parser, {name: module for name, (module, _) in commands.items()}
 
 
-def _run_recipe(command: str, argv: list[str]) -> int:
+def _run_recipe(command: str, *argv: str) -> int:
     # Before Megatron-Bridge is imported, which looks at the GPU.
-    from megalodon_mcore import child_processes, cpu
-    from megalodon_mcore.pretraining import prepare_megatron, stand_alone_environment
+    from megalodon_mcore import pretraining
 
-    child_processes.end_with_parent()
-    cpu.install()
-    prepare_megatron()
-    stand_alone_environment()
+    pretraining.set_up(list(argv))
     try:
         from megalodon_mcore.bridge import run_recipe
     except ImportError as error:
-        print(
-            f"megalodon-mcore {command}: Megatron-Bridge 0.6 cannot be imported ({error}); "
-            "tests/nvidia.sh shows how to install it.",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        return run_recipe.run(command, argv)
-    except ValueError as error:
-        print(f"megalodon-mcore {command}: {error}", file=sys.stderr)
-        return 2
+        raise ValueError(
+            f"Megatron-Bridge 0.6 cannot be imported ({error}); tests/nvidia.sh shows how to "
+            "install it."
+        ) from None
+    return run_recipe.run(command, list(argv))
 
 
 if __name__ == "__main__":

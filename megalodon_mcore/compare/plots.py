@@ -17,10 +17,7 @@ AXES = {"tokens": "tokens", "seconds": "seconds of steps", "petaflops": "petaflo
 
 def draw(results: dict[str, Any], out: Path) -> None:
     """Writes loss.png, speed.png and position.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     colors = {peer: f"C{place}" for place, peer in enumerate(results["peers"])}
     for name, plot, count in (
@@ -28,13 +25,12 @@ def draw(results: dict[str, Any], out: Path) -> None:
         ("speed", _speed, 2),
         ("position", _positions, 2),
     ):
-        figure, axes = pyplot.subplots(1, count, figsize=(5 * count, 4.2))
+        figure = Figure(figsize=(5 * count, 4.2), layout="tight")
+        axes = figure.subplots(1, count)
         for peer, found in results["peers"].items():
             plot(axes, results, found, color=colors[peer], label=label(results, peer))
         _finish(name, axes, results)
-        figure.tight_layout()
         write_whole(out / f"{name}.png", functools.partial(figure.savefig, dpi=120))
-        pyplot.close(figure)
 
 
 def _losses(axes: Any, results: dict, peer: dict, color: str, label: str) -> None:

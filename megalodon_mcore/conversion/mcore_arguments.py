@@ -154,24 +154,19 @@ def arguments_for(
         "consumed_valid_samples": 0,
         "megalodon_sequence_order": "contiguous",
     }
-    values = WITHOUT_ATTENTION | _attention_of_blocks(shape) | values | _layers(shape)
+    values = _without_attention(shape) | values | _layers(shape)
     if model.tokenizer and model.tokenizer.kind == NULL_TOKENIZER:
         values["null_tokenizer_eod_id"] = model.tokenizer.eos_token_id
     return Namespace(**values)
 
 
-WITHOUT_ATTENTION = {
-    "position_embedding_type": "none",
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-}
-"""What pretrain has where all layers are blocks."""
-
-
-def _attention_of_blocks(shape: MegalodonConfig) -> dict[str, Any]:
-    """What Megatron wants to know of attention that a model without a `*` has none of."""
+def _without_attention(shape: MegalodonConfig) -> dict[str, Any]:
+    """What pretrain has where all layers are blocks; Megatron asks of attention none the less."""
     return {
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
         "num_attention_heads": shape.num_heads,
         "num_query_groups": shape.num_heads,
         "kv_channels": max(1, shape.hidden_size // shape.num_heads),

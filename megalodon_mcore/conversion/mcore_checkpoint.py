@@ -7,6 +7,7 @@ are of one kind, and else each has tensors of its own; a layer's experts are sta
 
 from __future__ import annotations
 
+import contextlib
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -146,8 +147,7 @@ def write_mcore(
             tokenizer_place = tokenizer_place / "tokenizer.model"
     arguments = arguments_for(model, dtype, divisible_by, tokenizer_place)
     (folder / "release").mkdir()
-    writer = TorchDistWriter(folder / "release")
-    try:
+    with contextlib.closing(TorchDistWriter(folder / "release")) as writer:
         stacked = len(set(model.config.symbols)) == 1
         for parameter in progress(list(parameters(model.config))):
             _write(writer, parameter, model.read(parameter, dtype), stacked, arguments)
@@ -166,8 +166,6 @@ def write_mcore(
         }
         writer.write_object(COMMON, [common])
         writer.finish()
-    finally:
-        writer.close()
     (folder / TRACKER).write_text("release")
 
 

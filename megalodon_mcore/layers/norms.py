@@ -83,18 +83,13 @@ class LayerNorm(Float32Module):
         return layer_norm(hidden_states, self.weight, self.bias, self.eps)
 
 
-class LayerNormParameters(Float32Module):
+class LayerNormParameters(LayerNorm):
     """The parameters of a LayerNorm that is computed inside the linear layer after it.
 
     They are a module of their own, and that layer gets them by calling it: so they stay float32
     and keep LayerNorm's names, and what Megatron hooks to a module's call, such as waiting for
     gathered parameters, happens.
     """
-
-    def __init__(self, hidden_size: int, eps: float, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.weight = float32_parameter((hidden_size,), device)
-        self.bias = float32_parameter((hidden_size,), device)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Weight, as an offset from one, and bias; [hidden_size] each."""

@@ -15,8 +15,10 @@ def plot_positions(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
         title: the figure's.
         path: the .png file.
     """
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for own, name in zip(axes, ("nats_per_token", "bits_per_byte"), strict=True):
         known = [row for row in rows if row[name] is not None]
         # Position 0 has no logarithm: bins are drawn at their first position plus one.
@@ -27,7 +29,6 @@ def plot_positions(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
         own.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def plot_retrieval(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -38,12 +39,14 @@ def plot_retrieval(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
         title: the figure's.
         path: the .png file.
     """
-    pyplot = _pyplot()
+    from matplotlib.figure import Figure
+
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lengths = sorted({row["length_bytes"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     size = (2 + len(tasks) * (2 + 0.7 * len(lengths)), 2 + 0.5 * len(depths))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)
     for own, task in zip(axes[0], tasks, strict=True):
         grid = [[float("nan")] * len(lengths) for _ in depths]
         tokens: dict[int, list[float]] = {}
@@ -63,13 +66,3 @@ def plot_retrieval(rows: Sequence[dict[str, Any]], title: str, path: Path) -> No
     figure.colorbar(image, ax=axes, label="accuracy")
     figure.suptitle(title)
     figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

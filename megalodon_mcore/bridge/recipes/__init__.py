@@ -9,27 +9,21 @@ from collections.abc import Callable
 from megatron.bridge.training.config import ConfigContainer
 
 from megalodon_mcore.bridge.recipes.finetuning import finetune_config
-from megalodon_mcore.bridge.recipes.megalodon_1_3b import (
-    megalodon_1_3b_4k_pretrain_config,
-    megalodon_1_3b_32k_pretrain_config,
-)
-from megalodon_mcore.bridge.recipes.megalodon_7b import (
-    megalodon_7b_4k_pretrain_config,
-    megalodon_7b_32k_pretrain_config,
-)
-from megalodon_mcore.bridge.recipes.megalodon_7b_long import (
-    megalodon_7b_1m_pretrain_config,
-    megalodon_7b_256k_pretrain_config,
-)
-from megalodon_mcore.bridge.recipes.megalodon_200m import (
-    megalodon_200m_4k_pretrain_config,
-    megalodon_200m_32k_pretrain_config,
-)
 from megalodon_mcore.bridge.recipes.megalodon_hybrid import (
     megalodon_1_3b_hybrid_32k_pretrain_config,
 )
 from megalodon_mcore.bridge.recipes.megalodon_moe import megalodon_7b_a1b_4k_pretrain_config
 from megalodon_mcore.bridge.recipes.megalodon_tiny import megalodon_tiny_pretrain_config
+from megalodon_mcore.bridge.recipes.paper_sizes import (
+    megalodon_1_3b_4k_pretrain_config,
+    megalodon_1_3b_32k_pretrain_config,
+    megalodon_7b_1m_pretrain_config,
+    megalodon_7b_4k_pretrain_config,
+    megalodon_7b_32k_pretrain_config,
+    megalodon_7b_256k_pretrain_config,
+    megalodon_200m_4k_pretrain_config,
+    megalodon_200m_32k_pretrain_config,
+)
 
 RECIPES: dict[str, Callable[[], ConfigContainer]] = {
     "tiny": megalodon_tiny_pretrain_config,
