@@ -45,7 +45,10 @@ class Settings:
     iterations: int = _value("steps of a final run", 300, laptop=400, gpu=600, tiny=24)
     sweep_iterations: int = _value("steps of a sweep's run", 75, laptop=60, gpu=100, tiny=10)
     learning_rates: tuple[float, ...] = _value(
-        "peak learning rates that every model tries", (1e-3, 3e-3, 1e-2), gpu=(3e-4, 1e-3, 3e-3)
+        "peak learning rates that every model tries",
+        (1e-3, 3e-3, 1e-2),
+        laptop=(3e-4, 1e-3, 3e-3, 1e-2),
+        gpu=(3e-4, 1e-3, 3e-3),
     )
     seeds: tuple[int, ...] = _value(
         "seeds of the final runs (first values and order of the data)",
