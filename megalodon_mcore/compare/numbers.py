@@ -84,13 +84,16 @@ def final_loss(peer: dict[str, Any]) -> Spread:
     return spread([statistics.mean(seed["windowed"]) for seed in peer["seeds"]])
 
 
-def costs(results: dict[str, Any], peer: dict[str, Any], seed: dict[str, Any]) -> dict[str, float]:
-    """What a step of a run costs: tokens, seconds and petaflops."""
+def costs(results: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """What a step of a model costs: tokens, seconds and petaflops.
+
+    A step takes the same whatever the seed: in the least disturbed run, so long.
+    """
     settings = results["settings"]
     tokens = settings["batch_size"] * settings["seq_length"]
     return {
         "tokens": tokens,
-        "seconds": seed["seconds_per_step"],
+        "seconds": min(seed["seconds_per_step"] for seed in peer["seeds"]),
         "petaflops": tokens * peer["flops_per_token"] / PETA,
     }
 
@@ -105,7 +108,7 @@ def loss_at(results: dict[str, Any], peer: dict[str, Any], cost: str, at: float)
     """Smoothed training loss once `at` tokens, seconds or petaflops are spent."""
     found = []
     for seed in peer["seeds"]:
-        done = int(at / costs(results, peer, seed)[cost] + 1e-6)
+        done = int(at / costs(results, peer)[cost] + 1e-6)
         until = sum(step <= done for step in seed["steps"])
         found.append(smoothed(seed["losses"])[max(0, until - 1)])
     return spread(found)
@@ -114,9 +117,7 @@ def loss_at(results: dict[str, Any], peer: dict[str, Any], cost: str, at: float)
 def least_cost(results: dict[str, Any], peers: list[dict[str, Any]], cost: str) -> float:
     """The most that every run of these has spent."""
     return min(
-        costs(results, peer, seed)[cost] * seed["steps"][-1]
-        for peer in peers
-        for seed in peer["seeds"]
+        costs(results, peer)[cost] * seed["steps"][-1] for peer in peers for seed in peer["seeds"]
     )
 
 

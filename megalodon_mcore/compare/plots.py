@@ -35,7 +35,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
 
 def _losses(axes: Any, results: dict, peer: dict, color: str, label: str) -> None:
     for place, seed in enumerate(peer["seeds"]):
-        losses, step = smoothed(seed["losses"]), costs(results, peer, seed)
+        losses, step = smoothed(seed["losses"]), costs(results, peer)
         for axis, cost in zip(axes, AXES, strict=False):
             spent = np.array(seed["steps"]) * step[cost]
             axis.plot(spent, losses, color=color, linewidth=1, label=None if place else label)

@@ -9,7 +9,6 @@ from typing import Any
 from megalodon_mcore.compare.numbers import (
     FAILS,
     contexts,
-    costs,
     difference,
     diverged,
     fails_at,
@@ -222,8 +221,8 @@ to a tenth, a tenth of warm-up), optimizer and precision ({settings["precision"]
 weight decay spares what has one axis (norms, biases). {_initialization(results)} Learning
 rates were chosen by the validation documents that losses are given of. Each run's folder has its
 command in command.txt.
-Time is steps times the median step, so that interruptions and compiling count for nothing; what
-else the machine did meanwhile does count, as steps that differ between seeds show.
+Time is steps times the median step of the seed whose steps were fastest, so that interruptions,
+compiling and, in the other seeds, what else the machine did count for nothing.
 """
 
 
@@ -321,7 +320,7 @@ def _final(results: dict[str, Any]) -> str:
     rows = []
     for name, peer in results["peers"].items():
         each = [f"{final_loss({'seeds': [z]}).mean:.4f}" for z in peer["seeds"]]
-        seconds = [f"{costs(results, peer, z)['seconds']:.3g}" for z in peer["seeds"]]
+        seconds = [f"{z['seconds_per_step']:.3g}" for z in peer["seeds"]]
         rows.append([label(results, name), *each, final_loss(peer), f"{', '.join(seconds)} s"])
     return _table(["model", *seeds, "mean ± deviation", "a step"], rows)
 
