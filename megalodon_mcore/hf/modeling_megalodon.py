@@ -500,17 +500,27 @@ class TimestepNorm(Float32Module):
         arguments = (self.weight, self.bias, self.num_groups, self.eps, span.segments, before)
         y, _ = own.timestep_norm(x, *arguments)
         if state is not None:
-            # In float64, where the state that the operator returns may be narrower.
-            mean, var = own.timestep_statistics(x, self.num_groups, span.real)
-            rows, length, position = (
-                span.real.tensor(name, x.device) for name in ("row", "length", "position")
-            )
-            share = (length / (position + length).double())[:, None]
+            rows = span.real.tensor("row", x.device)
             held = state["mean"][rows], state["var"][rows]
-            mean, var = joined_statistics(*held, mean, var, share)
+            mean, var = self.statistics_after(x, span.real, *held)
             set_rows(state, "mean", rows, mean)
             set_rows(state, "var", rows, var)
         return y
+
+    def statistics_after(
+        self, x: Tensor, table: segments.Segments, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance, float64 [S, G], after x [length, batch, D], by those before it.
+
+        In float64, where the state that the operator returns may be narrower. What a segment that
+        starts afresh is given counts for nothing.
+        """
+        more = kernels.timestep_norm.timestep_statistics(x, self.num_groups, table)
+        length, position = (table.tensor(name, x.device) for name in ("length", "position"))
+        share = (length / (position + length).double())[:, None]
+        fresh = (position == 0)[:, None]
+        mean, var = mean.masked_fill(fresh, 0), var.masked_fill(fresh, 0)
+        return joined_statistics(mean, var, *more, share=share)
 
 
 def joined_statistics(

@@ -28,18 +28,13 @@ from megalodon_mcore.hf.modeling_megalodon import (
     QueryKey,
     RMSNorm,
     TimestepNorm,
-    joined_statistics,
 )
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu
 from megalodon_mcore.kernels.paged_attention import paged_attention
 from megalodon_mcore.kernels.query_key import query_key
-from megalodon_mcore.kernels.timestep_norm import (
-    TimestepNormState,
-    timestep_norm,
-    timestep_statistics,
-)
+from megalodon_mcore.kernels.timestep_norm import TimestepNormState, timestep_norm
 from megalodon_mcore.serving.batch import Batch, Decoding, Pieces
 from megalodon_mcore.serving.beside import (
     ExpertsOfBlock,
@@ -101,14 +96,8 @@ class PagedTimestepNorm(TimestepNorm):
         held_mean, held_var = mean[rows.pages], var[rows.pages]
         state = TimestepNormState(held_mean, held_var)
         y, _ = timestep_norm(row, self.weight, self.bias, self.num_groups, self.eps, table, state)
-        # In float64, where the state that the operator returns may be narrower.
-        own_mean, own_var = timestep_statistics(row, self.num_groups, table)
-        length, position = (table.tensor(name, x.device) for name in ("length", "position"))
-        share = (length / (position + length).double())[:, None]
-        fresh = (position == 0)[:, None]
-        held = held_mean.masked_fill(fresh, 0), held_var.masked_fill(fresh, 0)
-        joined = joined_statistics(*held, own_mean, own_var, share)
-        mean[rows.pages], var[rows.pages] = joined
+        after = self.statistics_after(row, table, held_mean, held_var)
+        mean[rows.pages], var[rows.pages] = after
         return y[:, 0]
 
 

@@ -8,7 +8,7 @@ import torch
 from mixed_models import MIXED, build_mixed
 from test_hf_generation import GREEDY, greedy_by_whole_passes
 from test_hf_packing import TOKENS
-from test_hf_streaming import padded
+from test_hf_streaming import check_rows, check_turns, padded
 
 from comparing import error
 from megalodon_mcore.hf import MegalodonCache, MegalodonForCausalLM
@@ -59,33 +59,17 @@ def test_padded_rows_get_what_they_would_get_alone(operators, symbols, side, use
     tokens, mask = padded(rows, side, width=53)
     with torch.no_grad():
         logits = model(tokens, attention_mask=mask, use_cache=use_cache).logits
-        for index, row in enumerate(rows):
-            alone = model(row[None], use_cache=False).logits.double()
-            assert error(logits[index][mask[index].bool()], alone[0]) < TOLERANCE
-            assert (logits[index][~mask[index].bool()] == 0).all()
+    check_rows(model, rows, logits, mask)
+    assert (logits[~mask.bool()] == 0).all()
 
 
 @pytest.mark.parametrize("symbols", MIXED)
 def test_rows_at_different_places_go_on(operators, symbols):
-    """Several turns of a padded batch, each padded on its own side, cut differently by row."""
+    """Several turns, cut differently by row."""
     model = build_mixed(symbols, piece_length=16)
-    turns = [(30, 1, 23, 16), (3, 20, 0, 40), (1, 1, 0, 1), (1, 1, 1, 1), (30, 2, 45, 9)]
-    sequences, outputs, cache = [[], [], [], []], [], None
-    masks = torch.zeros(4, 0, dtype=torch.int64)
-    for turn, lengths in enumerate(turns):
-        rows = [torch.randint(64, (length,)) for length in lengths]
-        tokens, mask = padded(rows, ["left", "right"][turn % 2])
-        masks = torch.cat([masks, mask], dim=1)
-        with torch.no_grad():
-            output = model(tokens, attention_mask=masks, past_key_values=cache)
-        cache = output.past_key_values
-        outputs.append(output.logits)
-        for sequence, row in zip(sequences, rows, strict=True):
-            sequence.append(row)
-    logits = torch.cat(outputs, dim=1)
-    for index, sequence in enumerate(sequences):
-        alone = model(torch.cat(sequence)[None], use_cache=False).logits.double()
-        assert error(logits[index][masks[index].bool()], alone[0]) < TOLERANCE
+    check_turns(
+        model, [(30, 1, 23, 16), (3, 20, 0, 40), (1, 1, 0, 1), (1, 1, 1, 1), (30, 2, 45, 9)]
+    )
 
 
 def test_a_left_padded_batch_generates_what_its_rows_do_alone():

@@ -33,6 +33,33 @@ def cache_bytes(cache):
     )
 
 
+def check_rows(model, rows, logits, mask):
+    """Asserts that what is no padding of each row is what the row gets alone."""
+    for index, row in enumerate(rows):
+        with torch.no_grad():
+            alone = model(row[None], use_cache=False).logits.double()
+        assert error(logits[index][mask[index].bool()], alone[0]) < TOLERANCE
+
+
+def check_turns(model, turns, check_cache=lambda cache: None):
+    """The cache after turns of a padded batch, each padded on its own side; asserts its logits."""
+    sequences, outputs, cache = [[] for _ in turns[0]], [], None
+    masks = torch.zeros(len(sequences), 0, dtype=torch.int64)
+    for turn, lengths in enumerate(turns):
+        rows = [torch.randint(64, (length,)) for length in lengths]
+        tokens, mask = padded(rows, ["left", "right"][turn % 2])
+        masks = torch.cat([masks, mask], dim=1)
+        with torch.no_grad():
+            output = model(tokens, attention_mask=masks, past_key_values=cache)
+        cache = output.past_key_values
+        outputs.append(output.logits)
+        check_cache(cache)
+        for sequence, row in zip(sequences, rows, strict=True):
+            sequence.append(row)
+    check_rows(model, [torch.cat(z) for z in sequences], torch.cat(outputs, dim=1), masks)
+    return cache
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("cuts", [[1] * 90, [1, 7, 1, 20, 61], [13, 16, 8, 53], [89, 1]])
 def test_pieces_equal_the_whole(name, cuts):
@@ -101,36 +128,21 @@ def test_padded_rows_get_what_they_would_get_alone(name, side, use_cache):
         logits = model(tokens, attention_mask=mask, use_cache=use_cache).logits
         last = model(tokens, attention_mask=mask, use_cache=use_cache, logits_to_keep=4).logits
     assert torch.equal(last, logits[:, -4:])
-    for index, row in enumerate(rows):
-        alone = model(row[None], use_cache=False).logits.double()
-        assert error(logits[index][mask[index].bool()], alone[0]) < TOLERANCE
-        assert (logits[index][~mask[index].bool()] == 0).all()
+    check_rows(model, rows, logits, mask)
+    assert (logits[~mask.bool()] == 0).all()
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_rows_at_different_places_in_their_chunks_go_on(name):
-    """Several turns of a padded batch, each padded on its own side, cut differently by row."""
+    """Several turns, cut differently by row."""
     model = build(name, piece_length=16)
     turns = [(50, 1, 33, 16), (3, 20, 0, 40), (1, 1, 1, 1), (30, 2, 45, 9), (1, 1, 1, 1)]
-    sequences = [[], [], [], []]
-    cache, outputs = None, []
-    masks = torch.zeros(4, 0, dtype=torch.int64)
-    for turn, lengths in enumerate(turns):
-        rows = [torch.randint(64, (length,)) for length in lengths]
-        tokens, mask = padded(rows, ["left", "right"][turn % 2])
-        masks = torch.cat([masks, mask], dim=1)
-        with torch.no_grad():
-            output = model(tokens, attention_mask=masks, past_key_values=cache)
-        cache = output.past_key_values
-        outputs.append(output.logits)
+
+    def check_cache(cache):
         assert cache_bytes(cache) <= cache_bound(model, 4)
-        for sequence, row in zip(sequences, rows, strict=True):
-            sequence.append(row)
-    logits = torch.cat(outputs, dim=1)
+
+    cache = check_turns(model, turns, check_cache)
     assert cache.seen.tolist() == [sum(column) for column in zip(*turns, strict=True)]
-    for index, sequence in enumerate(sequences):
-        alone = model(torch.cat(sequence)[None], use_cache=False).logits.double()
-        assert error(logits[index][masks[index].bool()], alone[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("make", [build, build_mixed], ids=["blocks", "other layers"])
