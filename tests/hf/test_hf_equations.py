@@ -1,5 +1,6 @@
 """The Hugging Face model against the straight-line float64 implementation of the equations."""
 
+import copy
 import itertools
 from unittest import mock
 
@@ -45,6 +46,17 @@ def by_model(model, tokens, upstream):
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters()}
 
 
+def change_by_rounding(model, tokens, upstream, expected):
+    """The largest that the equations' results change by where each parameter is rounded once."""
+    rounded = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            up = torch.randint(2, parameter.shape)
+            parameter.mul_(1 + (2 * up - 1) * 2.0**-24)
+    found = by_equations(rounded, tokens, upstream)
+    return max(error(found[part], value) for part, value in expected.items())
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 75)])
 def test_logits_and_every_gradient_follow_the_equations(name, batch, length):
@@ -56,10 +68,13 @@ def test_logits_and_every_gradient_follow_the_equations(name, batch, length):
     actual = by_model(model, tokens, upstream)
     assert actual.keys() == expected.keys()
     assert error(actual["logits"], expected["logits"]) < 1e-5
-    # TimestepNorm divides groups of one channel by as little as sqrt(eps): 3.6e-5, else 1.3e-6.
-    one_channel = model.config.norm_num_groups == model.config.hidden_size
+    bound = 1e-5
+    if model.config.norm_num_groups == model.config.hidden_size:
+        # TimestepNorm divides groups of one channel by as little as sqrt(eps). One rounding then
+        # makes some 2e-5, and the model rounds at each step: up to 8 times that was seen.
+        bound = 10 * change_by_rounding(model, tokens, upstream, expected)
     for part, value in actual.items():
-        assert error(value, expected[part]) < (7e-5 if one_channel else 1e-5), part
+        assert error(value, expected[part]) < bound, part
 
     for part, value in by_model(model.double(), tokens, upstream).items():
         assert error(value, expected[part]) < 1e-11, part
