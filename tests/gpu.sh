@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-modules=tests/gpu:tests/kernels:examples/benchmarks
+modules=tests/gpu:tests/kernels:tests/serving:tests:examples/benchmarks
 if [[ " $* " == *" --rehearse "* ]]; then
     . examples/environment.sh
     if [ -z "${PYTHON:-}" ]; then

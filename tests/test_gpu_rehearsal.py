@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"compile", "correctness", "million", "tests", "memcheck"}
-STAGES |= {"training", "timing", "steps", "sweep"}
+STAGES |= {"training", "serving", "timing", "steps", "sweep"}
 
 
 def run(*arguments, **variables):

@@ -96,15 +96,23 @@ def megalodon_config(sizes: dict[str, int]) -> MegalodonConfig:
     )
 
 
-def megalodon(dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES) -> torch.nn.Module:
-    """GPTModel with Megalodon's spec."""
+def engine(recipe: str | None = None) -> dict[str, Any]:
+    """Megatron's options for Transformer Engine's layers, in an FP8 recipe or in bfloat16."""
+    options = {"transformer_impl": "transformer_engine", "use_cpu_initialization": False}
+    return options | ({"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {})
+
+
+def megalodon(
+    dtype: torch.dtype = torch.float32, sizes: dict[str, int] = SIZES, **options: Any
+) -> torch.nn.Module:
+    """GPTModel with Megalodon's spec; `options` replace values of Megatron's configuration."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from megalodon_mcore.spec import MegalodonSpec
 
     config = megalodon_config(sizes)
     return GPTModel(
-        config=transformer_config(dtype, sizes, num_attention_heads=config.num_heads),
+        config=transformer_config(dtype, sizes, num_attention_heads=config.num_heads, **options),
         transformer_layer_spec=MegalodonSpec(config),
         vocab_size=sizes["vocabulary"],
         max_sequence_length=1 << 20,
@@ -123,23 +131,33 @@ def hugging_face(sizes: dict[str, int] = SIZES) -> torch.nn.Module:
 
 
 def gpt(
-    dtype: torch.dtype, length: int, sizes: dict[str, int] = SIZES, fused: bool = False
+    dtype: torch.dtype,
+    length: int,
+    sizes: dict[str, int] = SIZES,
+    fused: bool = False,
+    **options: Any,
 ) -> torch.nn.Module:
     """Megatron's GPT with about as many parameters: 8 heads, an FFN of 4 widths.
 
-    fused: attention by torch's scaled_dot_product_attention, with heads of 128; it needs no mask.
+    fused: heads of 128 and attention by torch's scaled_dot_product_attention, or by Transformer
+    Engine's where `options`, which replace values of Megatron's configuration, ask for it; it needs
+    no mask.
     """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     hidden_size = sizes["hidden_size"]
     heads = max(1, hidden_size // 128) if fused else 8
-    spec = get_gpt_layer_local_spec()
-    if fused:
+    by_engine = options.get("transformer_impl") == "transformer_engine"
+    spec = get_gpt_layer_with_transformer_engine_spec() if by_engine else get_gpt_layer_local_spec()
+    if fused and not by_engine:
         spec.submodules.self_attention.submodules.core_attention = FusedAttention
     return GPTModel(
         config=transformer_config(
-            dtype, sizes, num_attention_heads=heads, ffn_hidden_size=4 * hidden_size
+            dtype, sizes, num_attention_heads=heads, ffn_hidden_size=4 * hidden_size, **options
         ),
         transformer_layer_spec=spec,
         vocab_size=sizes["vocabulary"],

@@ -57,6 +57,8 @@ BLOCK = 16
 TILE = 512
 CHANNELS = 4
 WARPS = 4
+# Tiles that forward has underway.
+STAGES = 3
 # Programs that keep a card busy; with fewer, segments are cut, and of many times as many, which
 # each leave sums of gradients behind, short ones are joined.
 PROGRAMS = 128
@@ -217,6 +219,7 @@ class _Cema(torch.autograd.Function):
                 *(x, *maps, start, sums, y, kept, cut.tiles, cut.parts, x.shape[2], cut.size),
                 *(*x.stride()[:2], *y.stride()[:2]),
                 **_constants(x, p),
+                num_stages=STAGES,
             )
         ctx.save_for_backward(x, *maps, start, kept)
         ctx.cut = cut

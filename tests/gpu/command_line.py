@@ -1,7 +1,9 @@
 """The command line on a card: prepare-data, pretrain, resume and generate, against the CPU.
 
 The card makes a checkpoint; from it both go on, in float32, over packed documents, and have to log
-the same losses. The card stops halfway and resumes. In bfloat16 its loss has to fall.
+the same losses. The card stops halfway and resumes. In bfloat16 the loss of blocks, and of layers
+of every kind, has to fall. From a checkpoint of Megatron's linear layers Transformer Engine's go on
+as they do.
 """
 
 import os
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +23,14 @@ LOSS = re.compile(r"iteration +(\d+)/.*lm loss: ([\dE.+-]+)")
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 # float32 sums in another order, over a few optimizer steps.
 TOLERANCE = 2e-4
-MODEL = "--num-layers 4 --hidden-size 256 --num-attention-heads 2 --ffn-hidden-size 384 --swiglu"
+# Of bfloat16 and of FP8, whose products have 8 and 3 or 4 binary digits.
+HALF_TOLERANCE, FP8_TOLERANCE = 1e-2, 3e-2
+BLOCKS = "--num-layers 4"
+PATTERN = "--hybrid-layer-pattern M*-ME --position-embedding-type rope --num-experts 4"
+PATTERN += " --moe-router-topk 2 --moe-router-load-balancing-type none"
+ENGINE = "--transformer-impl transformer_engine"
+RECIPES = ("tensorwise", "blockwise", "delayed")
+MODEL = "--hidden-size 256 --num-attention-heads 2 --ffn-hidden-size 384 --swiglu"
 MODEL += " --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 8"
 MODEL += " --megalodon-chunk-size 128 --dataloader-inter-document-masking"
 BATCH = "--micro-batch-size 1 --global-batch-size 2 --seq-length 1024"
@@ -44,9 +54,9 @@ def command(*arguments, **variables):
     return done.stdout
 
 
-def pretrain(data, *arguments, **variables):
+def pretrain(data, *arguments, layers=BLOCKS, **variables):
     """The loss of each iteration that a run logs."""
-    given = [*data, *MODEL.split(), *BATCH.split(), *arguments]
+    given = [*data, *layers.split(), *MODEL.split(), *BATCH.split(), *arguments]
     output = command("pretrain", *given, **variables)
     return {int(step): float(loss) for step, loss in LOSS.findall(output)}
 
@@ -78,14 +88,41 @@ def same_losses(data, folder):
     return verdict, {"error": worst, "bound": TOLERANCE, "losses": list(found.values())}
 
 
-def falling_loss(data, folder, steps):
+def falling_loss(data, folder, steps, layers):
     """First and last loss of a run in bfloat16, and what its model says on the card."""
-    half = ["--bf16", "--train-iters", steps, "--lr", "3e-3", *saving(folder / "half")]
-    losses = pretrain(data, *half)
-    text = command("generate", "--checkpoint", folder / "half", "--prompt", "def ", "--tokens", 64)
+    half = ["--bf16", "--train-iters", steps, "--lr", "3e-3", *saving(folder)]
+    losses = pretrain(data, *half, layers=layers)
+    text = command("generate", "--checkpoint", folder, "--prompt", "def ", "--tokens", 64)
     falls = losses[steps] < losses[1] - (1 if steps > 20 else 0)
     found = {"first": losses[1], "last": losses[steps], "sample": text[:80]}
     return "pass" if falls else "fail", found
+
+
+def engine_rows(stage, data, folder):
+    """A row of each of Transformer Engine's precisions, beside Megatron's layers in bfloat16."""
+    if not find_spec("transformer_engine"):
+        stage.add("Transformer Engine", "missing", problem="it is not installed")
+        return
+    steps = ["--bf16", "--train-iters", "12", "--lr", "1e-3"]
+    pretrain(data, *steps, "--exit-interval", "2", *saving(folder))
+    load = ("--load", folder, "--no-load-rng", "--no-load-optim")
+    wanted = pretrain(data, *steps, *load)
+    ways = {"bfloat16": ((), HALF_TOLERANCE)}
+    for recipe in RECIPES:
+        ways[f"FP8 {recipe}"] = (
+            ("--fp8-format", "hybrid", "--fp8-recipe", recipe),
+            FP8_TOLERANCE,
+        )
+
+    def same(options, tolerance):
+        found = pretrain(data, *steps, *load, *ENGINE.split(), *options)
+        worst = max(abs(found[step] - wanted[step]) / wanted[step] for step in wanted)
+        verdict = "pass" if worst <= tolerance and found.keys() == wanted.keys() else "fail"
+        return verdict, {"error": worst, "bound": tolerance, "losses": list(found.values())}
+
+    with ThreadPoolExecutor(2) as pool:
+        for way, given in ways.items():
+            pool.submit(stage.attempt, f"Transformer Engine, {way}", partial(same, *given), 5)
 
 
 def main(stage):
@@ -101,13 +138,20 @@ def main(stage):
 
         data = PreparedData.load(prefix).megatron_arguments()
         steps = 3 if stage.rehearse else 100
-        cases = {"bfloat16 loss falls; generate": lambda: falling_loss(data, folder, steps)}
+        cases = {
+            f"bfloat16 loss of {name} falls; generate": partial(
+                falling_loss, data, folder / name, steps, layers
+            )
+            for name, layers in (("blocks", BLOCKS), ("all layers", PATTERN))
+        }
         if not stage.rehearse:
             # Without a card it would be a CPU beside itself, which takes minutes.
-            cases["float32 losses of a card and a CPU"] = lambda: same_losses(data, folder)
-        with ThreadPoolExecutor(1 if stage.rehearse else 2) as pool:
-            for case, function in cases.items():
-                pool.submit(stage.attempt, case, function, 5)
+            cases["float32 losses of a card and a CPU"] = partial(same_losses, data, folder)
+        with ThreadPoolExecutor(1 if stage.rehearse else 4) as pool:
+            running = [pool.submit(stage.attempt, case, run, 5) for case, run in cases.items()]
+            running.append(pool.submit(engine_rows, stage, data, folder / "engine"))
+            for each in running:
+                each.result()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ INTERPRETER = {"TRITON_INTERPRET": "1", "MEGALODON_KERNELS": "triton", "OMP_NUM_
 
 
 class Plan(NamedTuple):
-    """A stage: its module, its share of the time, its parts and how many go at once."""
+    """A stage: its module, its share of the time, its parts and how many go at once.
+
+    beside: it runs at the time of the one before it, which nobody's clock minds.
+    """
 
     name: str
     module: str
@@ -32,6 +35,7 @@ class Plan(NamedTuple):
     parts: tuple[str, ...] = ("",)
     at_once: int = 1
     interpreted: bool = False
+    beside: bool = False
 
 
 def plans(rehearse):
@@ -45,12 +49,13 @@ def plans(rehearse):
         # It is the stages that are rehearsed: tests/kernels has all operators and cards.
         operators, sizes = REHEARSED, "90:7b-paper:bfloat16"
     return [
-        Plan("compile", "compiling", 1.2, (sizes,)),
+        Plan("compile", "compiling", 2.0, (sizes,)),
+        Plan("training", "command_line", 2.0, beside=not rehearse),
+        Plan("serving", "serving", 2.0, beside=not rehearse),
+        Plan("memcheck", "memcheck", 2.0, interpreted=True, beside=not rehearse),
         Plan("correctness", "correctness", 2.4, operators, 2 if rehearse else 5, True),
-        Plan("million", "correctness", 0.5, ("million",), 1, True),
-        Plan("tests", "kernel_tests", 1.6),
-        Plan("memcheck", "memcheck", 0.7, interpreted=True),
-        Plan("training", "command_line", 0.9),
+        Plan("tests", "kernel_tests", 2.4, beside=not rehearse),
+        Plan("million", "correctness", 0.8, ("million",), 1, True),
         Plan("timing", "timing", 1.2),
         Plan("steps", "steps", 1.2),
         Plan("sweep", "sweep", 0.5),
@@ -83,12 +88,27 @@ def main():
             wheels = unpack(options.wheels, folder + "/wheels", parser)
             environment["PYTHONPATH"] += os.pathsep + wheels
         chosen = [plan for plan in stages if not options.only or plan.name in options.only]
-        for place, plan in enumerate(chosen):
-            ahead = sum(other.share for other in chosen[place:])
-            seconds = (deadline - time.monotonic()) * plan.share / ahead
-            run(plan, rows, max(1.0, seconds), options, environment)
-            print_stage(plan.name, read(rows), options.rehearse)
+        turns = in_turns(chosen)
+        shares = [max(plan.share for plan in turn) for turn in turns]
+        for place, turn in enumerate(turns):
+            seconds = (deadline - time.monotonic()) * shares[place] / sum(shares[place:])
+            with ThreadPoolExecutor(len(turn)) as pool:
+                for plan in turn:
+                    pool.submit(run, plan, rows, max(1.0, seconds), options, environment)
+            for plan in turn:
+                print_stage(plan.name, read(rows), options.rehearse)
     return finish(read(rows), chosen)
+
+
+def in_turns(chosen):
+    """Lists of the plans that run at one time."""
+    turns = []
+    for plan in chosen:
+        if plan.beside and turns:
+            turns[-1].append(plan)
+        else:
+            turns.append([plan])
+    return turns
 
 
 def has_gpu():
@@ -187,7 +207,7 @@ def finish(rows, chosen):
     """0 where nothing failed and the stages that prove something came to their end."""
     print()
     wrong = [row for row in rows if row["verdict"] == "fail"]
-    proofs = ("compile", "correctness", "million", "tests", "memcheck", "training")
+    proofs = ("compile", "correctness", "million", "tests", "memcheck", "training", "serving")
     cut = {row["stage"] for row in rows if row["verdict"] == "cut"}
     silent = {plan.name for plan in chosen} - {row["stage"] for row in rows}
     for stage in silent:

@@ -12,6 +12,7 @@ from stage import Stage
 
 SIZES_1_3B = {"layers": 4, "hidden_size": 2048, "heads": 2, "z_dim": 512, "value_dim": 4096}
 SIZES_1_3B |= {"ffn": 4864, "chunk": 2048, "groups": 64, "vocabulary": 256}
+SHORTEST = 4096
 TINY = {"layers": 2, "hidden_size": 64, "heads": 2, "z_dim": 32, "value_dim": 64}
 TINY |= {"ffn": 96, "chunk": 16, "groups": 4, "vocabulary": 64}
 
@@ -21,8 +22,8 @@ def problems(rehearse):
     if rehearse:
         return [("tiny", TINY, 64, (32, 64))]
     return [
-        ("200m", models.SIZES_200M, 32768, (4096, 32768, 65536)),
-        ("4 layers of 1.3b", SIZES_1_3B, 32768, (4096, 32768, 65536)),
+        ("200m", models.SIZES_200M, 32768, (SHORTEST, 32768, 65536)),
+        ("4 layers of 1.3b", SIZES_1_3B, 32768, (SHORTEST, 32768, 65536)),
     ]
 
 
@@ -111,18 +112,33 @@ def train(stage, best):
 
 
 def compare(stage, label, sizes, batch, length, best):
-    """A row of Megalodon's step and one of the GPT's; the first's tokens/s, where it has any."""
+    """A row of Megalodon's step and one of the GPT's; the first's tokens/s, where it has any.
+
+    With Transformer Engine, at the first length, in its layers and in FP8 too.
+    """
     speed = None
-    ways = {
-        "Megalodon": (lambda: models.megalodon(torch.bfloat16, sizes), sizes),
-        "Megatron's GPT": (lambda: models.gpt(torch.bfloat16, length, sizes, fused=True), None),
-    }
+
+    def pair(way, **options):
+        """What builds each, and whether its flops are counted."""
+        return {
+            f"Megalodon{way}": (partial(models.megalodon, torch.bfloat16, sizes, **options), sizes),
+            f"Megatron's GPT{way}": (
+                partial(models.gpt, torch.bfloat16, length, sizes, fused=True, **options),
+                None,
+            ),
+        }
+
+    ways = pair("")
+    if find_spec("transformer_engine") and length == SHORTEST and not stage.rehearse:
+        for recipe in (None, "tensorwise"):
+            name = f"FP8 {recipe}" if recipe else "bfloat16"
+            ways |= pair(f", Transformer Engine, {name}", **models.engine(recipe))
     for way, (build, counted) in ways.items():
 
         def measure(build=build, counted=counted):
             nonlocal speed
             verdict, found = step(stage, build, counted, batch, length, best)
-            speed = found.get("tokens_per_s") if counted else speed
+            speed = speed or (found.get("tokens_per_s") if counted else None)
             return verdict, found
 
         stage.attempt(f"{label}, L {length}: {way}", fitting(measure), least=5)
