@@ -18,7 +18,7 @@ from stage import Stage
 # An engine in this process, which others beside it on the card do not disturb.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-MEMORY = 4 << 30
+MEMORY = 12 << 30
 # The sums of float32 in another order, in logprobs of small models.
 TOLERANCE = 1e-4
 
@@ -29,7 +29,7 @@ def engine(stage, folder, **options):
     import served
 
     if not stage.rehearse:
-        options |= {"kv_cache_memory_bytes": MEMORY, "gpu_memory_utilization": 0.1}
+        options |= {"kv_cache_memory_bytes": MEMORY, "gpu_memory_utilization": 0.2}
     with served.engine(folder, max_model_len=2048, **options) as llm:
         yield llm
 

@@ -39,8 +39,17 @@ def test_matches_the_oracle(path, shape, dtype):
         actual, again = paged_attention(*given), paged_attention(*given)
     assert actual.dtype == dtype and torch.equal(actual, again)
     wanted = paged_attention_naive(*given)
-    bound = {torch.float32: 2e-6, torch.bfloat16: BFLOAT16, torch.float16: 2**-11}[dtype]
-    assert error(actual, wanted) < bound
+    bounds = {torch.float32: float32_bound(*given), torch.bfloat16: BFLOAT16}
+    assert error(actual, wanted) < bounds.get(dtype, 2**-11)
+
+
+def float32_bound(q, keys, values, pages, filled):
+    """What rounding a score's terms once or twice changes in its weight."""
+    terms = [
+        (q[r][:, None] * keys[page, :, :n]).abs().sum(-1).max()
+        for r, (page, n) in enumerate(zip(pages.tolist(), filled.tolist(), strict=True))
+    ]
+    return 2 * 2**-24 * float(max(terms))
 
 
 def test_room_is_what_has_to_be_looked_at(path):
