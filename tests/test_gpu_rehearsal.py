@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"compile", "correctness", "million", "tests", "memcheck"}
-STAGES |= {"training", "serving", "timing", "steps", "sweep"}
+STAGES |= {"training", "serving", "timing", "steps", "tokens", "sweep"}
 
 
 def run(*arguments, **variables):

@@ -57,10 +57,6 @@ BLOCK = 16
 TILE = 512
 CHANNELS = 4
 WARPS = 4
-# Registers of a thread, or None for as many as the compiler would take: with fewer, more programs
-# are beside each other, of which some go on while others wait.
-FORWARD_REGISTERS = None
-BACKWARD_REGISTERS = None
 # Programs that keep a card busy; with fewer, segments are cut, and of many times as many, which
 # each leave sums of gradients behind, short ones are joined.
 PROGRAMS = 128
@@ -221,7 +217,6 @@ class _Cema(torch.autograd.Function):
                 *(x, *maps, start, sums, y, kept, cut.tiles, cut.parts, x.shape[2], cut.size),
                 *(*x.stride()[:2], *y.stride()[:2]),
                 **_constants(x, p),
-                maxnreg=FORWARD_REGISTERS,
             )
         ctx.save_for_backward(x, *maps, start, kept)
         ctx.cut = cut
@@ -245,7 +240,6 @@ class _Cema(torch.autograd.Function):
                 *(*x.stride()[:2], *grad_y.stride()[:2], *grad_x.stride()[:2]),
                 **_constants(x, maps[0]),
                 num_stages=1,
-                maxnreg=BACKWARD_REGISTERS,
             )
         total = partial.sum(0)
         grads = total[:, : 3 * ndim].split(ndim, 1)

@@ -49,15 +49,16 @@ def plans(rehearse):
         # It is the stages that are rehearsed: tests/kernels has all operators and cards.
         operators, sizes = REHEARSED, "90:7b-paper:bfloat16"
     return [
-        Plan("compile", "compiling", 2.0, (sizes,)),
-        Plan("training", "command_line", 2.0, beside=not rehearse),
-        Plan("serving", "serving", 2.0, beside=not rehearse),
-        Plan("memcheck", "memcheck", 2.0, interpreted=True, beside=not rehearse),
+        Plan("compile", "compiling", 1.6, (sizes,)),
+        Plan("serving", "serving", 1.6, ("answers",), beside=not rehearse),
+        Plan("memcheck", "memcheck", 1.6, interpreted=True, beside=not rehearse),
         Plan("correctness", "correctness", 2.4, operators, 2 if rehearse else 5, True),
         Plan("tests", "kernel_tests", 2.4, beside=not rehearse),
-        Plan("million", "correctness", 0.8, ("million",), 1, True),
+        Plan("training", "command_line", 2.0),
+        Plan("million", "correctness", 0.3, ("million",), 1, True),
         Plan("timing", "timing", 1.2),
-        Plan("steps", "steps", 1.2),
+        Plan("steps", "steps", 1.6),
+        Plan("tokens", "serving", 0.8, ("speed",)),
         Plan("sweep", "sweep", 0.5),
     ]
 

@@ -85,18 +85,13 @@ def speed(stage, eager, requests):
     return "figure", found | {"prompts_s": times[0] - tokens[0] * step}
 
 
-def main(stage):
-    if not find_spec("vllm"):
-        stage.add("serving", "missing", problem="vLLM is not installed")
-        return
+def all_answers(stage):
+    """A row of each kind of layers."""
     from served import SHAPE, VOCABULARY
 
     from hf.hf_models import random_model
     from hf.mixed_models import build_mixed
-    from megalodon_mcore.serving import register
 
-    # An installed package's entry point does it.
-    register()
     attention = {"attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     attention |= {"vocab_size": VOCABULARY, "attention_positions": "rope"}
     triton = {} if stage.rehearse else {"attention_backend": "TRITON_ATTN"}
@@ -114,10 +109,21 @@ def main(stage):
     stage.attempt("blocks, eager", lambda: answers(stage, blocks, True))
     stage.attempt("attention beside blocks", lambda: answers(stage, hybrid, False, **triton))
     stage.attempt("experts", lambda: answers(stage, experts, False, **triton))
+
+
+def all_speeds(stage):
+    """A row of each number of requests, with graphs and without."""
     for requests in (1, 64):
         for eager in (False, True):
             label = f"200m, {requests} requests{', eager' if eager else ''}"
             stage.attempt(label, lambda r=requests, e=eager: speed(stage, e, r), least=5)
+
+
+def main(stage):
+    if not find_spec("vllm"):
+        stage.add("serving", "missing", problem="vLLM is not installed")
+        return
+    {"answers": all_answers, "speed": all_speeds}[stage.part](stage)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,7 @@ class Stage:
         try:
             verdict, found = function()
         except Exception as error:  # whatever it is, the other cases go on
+            traceback.print_exc()
             verdict, found = "fail", {"problem": f"{type(error).__name__}: {error}"[:400]}
         # A rehearsal's times mean nothing.
         took = {} if self.rehearse else {"took_s": round(time.monotonic() - start, 2)}

@@ -27,21 +27,10 @@ TILES = {
     "product": [(128, 64, 256, W, 8, 3), (128, 64, 256, W, 8, 4), (128, 128, 256, W, 8, 2)]
     + [(128, 64, 128, W, 4, 4), (64, 64, 256, W, 4, 3)],
 }
-CEMA = [
-    {"FORWARD_REGISTERS": f, "BACKWARD_REGISTERS": b}
-    for f, b in ((None, None), (160, 200), (128, 168), (104, 144), (96, 128))
-]
-CEMA += [{"CHANNELS": c, "WARPS": w} for c, w in ((8, 8), (2, 2), (2, 1))]
-CEMA += [
-    {"CHANNELS": c, "WARPS": w, "FORWARD_REGISTERS": 128, "BACKWARD_REGISTERS": 168}
-    for c, w in ((8, 8), (2, 2))
-]
-CEMA += [
-    {"BLOCK": 32, "TILE": t, "FORWARD_REGISTERS": f, "BACKWARD_REGISTERS": b}
-    for t in (512, 1024)
-    for f, b in ((None, None), (168, 200), (128, 128))
-]
-CEMA += [{"PROGRAMS": p} for p in (64, 256)]
+CEMA = [{"CHANNELS": c, "WARPS": w} for c, w in ((8, 8), (4, 4), (4, 8), (2, 2), (2, 4), (2, 1))]
+CEMA += [{"BLOCK": 32, "TILE": 1024, "CHANNELS": c, "WARPS": w} for c, w in ((4, 8), (2, 4))]
+CEMA += [{"TILE": 1024, "CHANNELS": 4, "WARPS": 8}]
+CEMA += [{"PROGRAMS": p} for p in (64, 256, 512)]
 NORM = [{"TILE": t, "STAGES": s} for t in (1024, 2048, 4096) for s in (1, 3)]
 NORM += [{"PROGRAMS": p} for p in (1024, 4096, 16384)] + [{"SCAN": s} for s in (512, 2048)]
 
