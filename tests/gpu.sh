@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Proves and times everything on one GPU: bash tests/gpu.sh [--minutes 8] [--out DIR] [--wheels DIR]
+# Proves and times everything on one GPU: bash tests/gpu.sh [--minutes 12] [--out DIR] [--wheels DIR]
 # Runs from a bare checkout with Python 3.12, torch and Triton, by the python3 on PATH or $PYTHON.
-# --wheels names a folder with a wheel of megatron-core, which the training steps need.
+# --wheels names a folder with a wheel of megatron-core, which the training steps need. What needs
+# Transformer Engine or vLLM runs where python3 can import them.
 # --rehearse does all of it small and without a GPU, with the oldest Triton, and prints no times.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -18,8 +18,13 @@ stamp=.venv-nvidia/.installed-$(cat "$constraints" "$0" | cksum | cut -d' ' -f1)
 if [ ! -e "$stamp" ]; then
     echo "Installing Transformer Engine and Megatron-Bridge (several minutes the first time)..."
     install pytest ninja pybind11 wheel 'setuptools>=77'
-    # Its torch extension must see the torch that is installed here.
-    install --no-build-isolation 'transformer-engine[core-cu13,pytorch]'
+    install torch
+    # Its torch extension must see the torch that is installed here, and CUDA's headers, of which
+    # torch brings all but these two packages.
+    cuda=$(python -c 'import torch; print(torch.version.cuda)')
+    install "nvidia-cuda-crt==$cuda.*" "nvidia-cuda-cccl==$cuda.*"
+    CPATH=$(printf '%s\n' "$PWD/$environment"/lib/python3*/site-packages/nvidia/*/include | paste -sd:) \
+        install --no-build-isolation 'transformer-engine[core-cu13,pytorch]'
     # Without its dependencies: they want a GPU or a newer glibc, and the tests use none of those.
     install --no-deps megatron-bridge
     install hydra-core omegaconf rich datasets peft einops transformers \

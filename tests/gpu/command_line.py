@@ -1,6 +1,6 @@
 """The command line on a card: prepare-data, pretrain, resume and generate, against the CPU.
 
-The card makes a checkpoint; from it both go on, in float32, over packed documents, and have to log
+The CPU makes a checkpoint; from it both go on, in float32, over packed documents, and have to log
 the same losses. The card stops halfway and resumes. In bfloat16 the loss of blocks, and of layers
 of every kind, has to fall. From a checkpoint of Megatron's linear layers Transformer Engine's go on
 as they do.
@@ -72,7 +72,7 @@ def same_losses(data, folder):
     """
     steps = ["--train-iters", "8", "--lr", "1e-3"]
     start, card = folder / "start", folder / "card"
-    pretrain(data, *steps, "--exit-interval", "2", *saving(start))
+    pretrain(data, *steps, "--exit-interval", "2", *saving(start), **CPU)
 
     def on_cpu():
         return pretrain(data, *steps, "--load", start, **CPU)
@@ -104,7 +104,7 @@ def engine_rows(stage, data, folder):
         stage.add("Transformer Engine", "missing", problem="it is not installed")
         return
     steps = ["--bf16", "--train-iters", "12", "--lr", "1e-3"]
-    pretrain(data, *steps, "--exit-interval", "2", *saving(folder))
+    pretrain(data, *steps, "--exit-interval", "2", *saving(folder), **CPU)
     load = ("--load", folder, "--no-load-rng", "--no-load-optim")
     wanted = pretrain(data, *steps, *load)
     ways = {"bfloat16": ((), HALF_TOLERANCE)}
@@ -120,7 +120,7 @@ def engine_rows(stage, data, folder):
         verdict = "pass" if worst <= tolerance and found.keys() == wanted.keys() else "fail"
         return verdict, {"error": worst, "bound": tolerance, "losses": list(found.values())}
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(len(ways)) as pool:
         for way, given in ways.items():
             pool.submit(stage.attempt, f"Transformer Engine, {way}", partial(same, *given), 5)
 

@@ -50,22 +50,22 @@ def plans(rehearse):
         operators, sizes = REHEARSED, "90:7b-paper:bfloat16"
     return [
         Plan("compile", "compiling", 1.6, (sizes,)),
-        Plan("serving", "serving", 1.6, ("answers",), beside=not rehearse),
         Plan("memcheck", "memcheck", 1.6, interpreted=True, beside=not rehearse),
         Plan("correctness", "correctness", 2.4, operators, 2 if rehearse else 5, True),
         Plan("tests", "kernel_tests", 2.4, beside=not rehearse),
-        Plan("training", "command_line", 2.0),
-        Plan("million", "correctness", 0.3, ("million",), 1, True),
+        Plan("training", "command_line", 3.2),
+        Plan("serving", "serving", 3.2, ("answers",), beside=not rehearse),
+        Plan("million", "correctness", 0.5, ("million",), 1, True),
         Plan("timing", "timing", 1.2),
-        Plan("steps", "steps", 1.6),
-        Plan("tokens", "serving", 0.8, ("speed",)),
+        Plan("steps", "steps", 2.0),
+        Plan("tokens", "serving", 2.0, ("speed",)),
         Plan("sweep", "sweep", 0.5),
     ]
 
 
 def main():
     parser = argparse.ArgumentParser(prog="tests/gpu.sh", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8, help="for all of it (8)")
+    parser.add_argument("--minutes", type=float, default=12, help="for all of it (12)")
     parser.add_argument("--rehearse", action="store_true", help="small, without a GPU, no times")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="(runs/gpu)")
     parser.add_argument("--wheels", type=Path, help="folder with a wheel of megatron-core")
