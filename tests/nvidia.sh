@@ -20,11 +20,11 @@ if [ ! -e "$stamp" ]; then
     install pytest ninja pybind11 wheel 'setuptools>=77'
     install torch
     # Its torch extension must see the torch that is installed here, and CUDA's headers, of which
-    # torch brings all but these two packages.
+    # torch brings all but these two packages. A wheel that pip keeps may be of another torch.
     cuda=$(python -c 'import torch; print(torch.version.cuda)')
     install "nvidia-cuda-crt==$cuda.*" "nvidia-cuda-cccl==$cuda.*"
     CPATH=$(printf '%s\n' "$PWD/$environment"/lib/python3*/site-packages/nvidia/*/include | paste -sd:) \
-        install --no-build-isolation 'transformer-engine[core-cu13,pytorch]'
+        install --no-cache-dir --no-build-isolation 'transformer-engine[core-cu13,pytorch]'
     # Without its dependencies: they want a GPU or a newer glibc, and the tests use none of those.
     install --no-deps megatron-bridge
     install hydra-core omegaconf rich datasets peft einops transformers \
