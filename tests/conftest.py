@@ -14,13 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-def pytest_collection_modifyitems(items):
-    """Under pytest -n a file's tests stay together, as do all that need workers."""
-    for item in items:
-        group = "workers" if "workers" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture
 def megatron():
     """Megatron's model-parallel groups of a single gloo process, seeded."""

@@ -12,7 +12,9 @@ pyrefly check
 if [ $# -eq 0 ]; then
     # With several processes, a file that cannot be imported is told of at the end alone.
     collected=$(python -m pytest -m "" --collect-only -qq 2>&1) || { echo "$collected" && exit 1; }
-    processes=$(($(nproc) < 4 ? $(nproc) : 4))
-    set -- -m "" -n "$processes" --dist loadgroup
+    # One more than cores: tests wait for processes of theirs. A file's tests stay together, since
+    # they share what took long to make.
+    processes=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+    set -- -m "" -n "$processes" --dist loadfile
 fi
 exec python -m pytest "$@"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import torch
+from megalodon_mcore.kernels.paged_attention import paged_attention
 
 from compiling import EVERY
 from correctness import REHEARSED
@@ -30,8 +31,25 @@ def small(device):
             leaves = operator.inputs(shape, dtype, device)
             outputs = operator.run(shape, *leaves)
             torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+    for dtype in (torch.bfloat16, torch.float32):
+        decode(shape, dtype, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def decode(shape, dtype, device):
+    """Attention from pages, of requests that have filled other shares of theirs."""
+    heads, slots = shape.heads, shape.chunk + 3
+    q, keys, values = (
+        torch.randn(*sizes, width, dtype=dtype, device=device)
+        for sizes, width in (
+            ((3, heads), shape.key_width),
+            ((4, heads, slots), shape.key_width),
+            ((4, heads, slots), shape.value_width),
+        )
+    )
+    pages, filled = torch.tensor([[3, 0, 2], [1, slots, 2]], device=device)
+    paged_attention(q, keys, values, pages, filled)
 
 
 def main(stage):

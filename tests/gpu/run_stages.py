@@ -54,11 +54,11 @@ def plans(rehearse):
         Plan("correctness", "correctness", 2.4, operators, 2 if rehearse else 5, True),
         Plan("tests", "kernel_tests", 2.4, beside=not rehearse),
         Plan("training", "command_line", 3.2),
-        Plan("serving", "serving", 3.2, ("answers",), beside=not rehearse),
+        Plan("serving", "vllm_rows", 3.2, ("answers",), beside=not rehearse),
         Plan("million", "correctness", 0.5, ("million",), 1, True),
         Plan("timing", "timing", 1.2),
         Plan("steps", "steps", 2.0),
-        Plan("tokens", "serving", 2.0, ("speed",)),
+        Plan("tokens", "vllm_rows", 2.0, ("speed",)),
         Plan("sweep", "sweep", 0.5),
     ]
 
