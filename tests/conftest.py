@@ -14,6 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@pytest.fixture(autouse=True)
+def attention_backend():
+    """Megatron writes a model's into the environment, where another's would contradict it."""
+    yield
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def megatron():
     """Megatron's model-parallel groups of a single gloo process, seeded."""

@@ -324,6 +324,8 @@ def test_pretrain_refuses_it_without_a_gpu(megatron):
             transformer=transformer_config(transformer_impl=impl),
             transformer_layer_spec=spec.megalodon,
             position_embedding_type="none",
+            rotary_base=10_000,
+            rotary_percent=1.0,
         )
         if impl == "local":
             check_model(model_config)
