@@ -1,7 +1,7 @@
 """Stage 1: every kernel as the operators launch it, compiled in many processes at once.
 
-What is compiled lies in Triton's cache for the later stages. It takes no card; tests/kernels has
-all of it, and a rehearsal two operators.
+What is compiled lies in Triton's cache for the later stages. It takes no card, and other stages
+come first of all to the compiler's errors, so a rehearsal does all of it.
 """
 
 from unittest.mock import patch
@@ -10,7 +10,6 @@ import torch
 from megalodon_mcore.kernels.chunked_attention import triton as attention_kernels
 
 from ahead_of_time import SHARED_MEMORY, Report, compile_all, launches
-from correctness import REHEARSED
 from operators import DROPOUT, OPERATORS, VARIANTS, Shape
 from stage import Stage
 
@@ -28,16 +27,15 @@ def train(operator, shape, dtype):
     torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
 
 
-def jobs(size, types, capability, length=4096, names=EVERY):
-    """(case, launch) of operators of a size."""
+def jobs(size, types, capability, length=4096):
+    """(case, launch) of all operators of a size."""
     memory = {"shared_memory": lambda device: SHARED_MEMORY[capability]}
     with patch.multiple(attention_kernels, **memory):
         for dtype in types:
             shape = Shape.named(size, length)
             # Too few channels to fill a card, and steps that fill no block.
             ragged = shape.divided(8)._replace(length=length - 5)
-            for name in names:
-                operator = EVERY[name]
+            for name, operator in EVERY.items():
                 for given in (shape, ragged) if "CEMA" in name else (shape,):
                     for launch in launches(train, operator, given, dtype):
                         yield f"{size} {str(dtype)[6:]} {name}", launch
@@ -75,6 +73,6 @@ if __name__ == "__main__":
     stage = Stage.from_arguments()
     work = {}
     for card, size, types in parts(stage):
-        for case, launch in jobs(size, types, card, names=REHEARSED if stage.rehearse else EVERY):
+        for case, launch in jobs(size, types, card):
             work.setdefault((card, launch.key()), (card, case, launch))
     compile_rows(stage, list(work.values()))
