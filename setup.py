@@ -56,6 +56,8 @@ setup(
             "lm-eval==0.4.13",
             # --optimizer muon
             "emerging-optimizers==0.3.0",
+            # What a Megatron-LM checkout compiles its datasets' helpers with.
+            "pybind11==3.1.0",
         ],
     },
     entry_points={
