@@ -22,12 +22,14 @@ def marked_tokenizer(folder: Path) -> Path:
     return folder / "marked"
 
 
-def document_prefixes(folder: Path, names: tuple[str, ...], tokenizer: str = "byte") -> list[str]:
-    """Indexed datasets of 200 documents each, of 2 to 40 tokens."""
+def document_prefixes(
+    folder: Path, names: tuple[str, ...], tokenizer: str = "byte", documents: int = 200
+) -> list[str]:
+    """Indexed datasets of so many documents each, of 2 to 40 tokens."""
     prefixes = []
     for number, name in enumerate(names):
         pick = random.Random(number)
-        lines = ["".join(pick.choices("abcde ", k=pick.randint(1, 39))) for _ in range(200)]
+        lines = ["".join(pick.choices("abcde ", k=pick.randint(1, 39))) for _ in range(documents)]
         (folder / f"{name}.txt").write_text("\n".join(line.strip() or "a" for line in lines))
         prepared = prepare_data(
             [folder / f"{name}.txt"],

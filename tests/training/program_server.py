@@ -5,9 +5,12 @@ and output of a process of their own; what only a real start can show is in test
 and test_quickstart.py.
 """
 
+import argparse
 import atexit
+import functools
 import gc
 import importlib
+import inspect
 import json
 import os
 import queue
@@ -23,7 +26,7 @@ from tempfile import TemporaryDirectory
 from training.reserved_port import reserved_port
 
 TESTS = Path(__file__).parents[1]
-READ_BY_IMPORTS = ("PYTHON", "TORCH", "TRITON", "CUDA", "LD_", "NVTE")
+READ_BY_IMPORTS = ("PYTHON", "TORCH", "TRITON", "CUDA_VISIBLE", "LD_", "NVTE")
 """Variables whose names begin so are looked at by what the server has imported already."""
 IMPORTED_LATER = (
     "megatron.core.datasets.blended_megatron_dataset_builder",
@@ -145,6 +148,7 @@ def serve() -> None:
 
     for module in IMPORTED_LATER:
         importlib.import_module(module)
+    _remember_sources()
     gc.freeze()
     running: dict[int, str] = {}
     # Without a buffer, in which select would not see a line.
@@ -166,6 +170,14 @@ def serve() -> None:
             if pid == 0:
                 break
             _write(running.pop(pid) + ".code", str(os.waitstatus_to_exitcode(status)))
+
+
+def _remember_sources() -> None:
+    """Megatron parses its own source for the help of its arguments, whenever it makes a parser."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    inspect.getsource = functools.cache(inspect.getsource)
+    add_megatron_arguments(argparse.ArgumentParser())
 
 
 def _write(path: str, text: str) -> None:

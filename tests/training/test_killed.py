@@ -22,7 +22,7 @@ KILLS = {"asynchronous, one worker": 2, "asynchronous, a worker a save": 1, "syn
 SECONDS_TO_END = 60
 """What a child gets on a machine that has much else to do."""
 TRACKER = "latest_checkpointed_iteration.txt"
-ITERATIONS = ("--train-iters", "60")
+ITERATIONS = ("--train-iters", "60", "--num-workers", "2")
 ASYNC = ("--async-save", "--async-strategy", "mcore")
 SAVING = {
     "asynchronous, one worker": (*ASYNC, "--use-persistent-ckpt-worker"),

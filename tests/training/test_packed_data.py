@@ -131,7 +131,9 @@ def in_place_of(arguments, option, count, *others):
 @pytest.fixture(scope="module")
 def validation(folder, documents, sft):
     """Arguments that evaluate two sets of either kind whole, every second iteration."""
-    prefixes = document_prefixes(folder, ("train", "one", "two"))
+    prefixes = document_prefixes(folder, ("train",))
+    # Every document is evaluated, twice.
+    prefixes += document_prefixes(folder, ("one", "two"), documents=40)
     files = [conversations(folder / f"{seed}.jsonl", seed, seed) for seed in (7, 9)]
     paths = ("--train-data-path", prefixes[0], "--valid-data-path", *prefixes[1:])
     return {
