@@ -119,15 +119,14 @@ def test_mixed_layers_take_other_optimizers_and_products(documents, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "after", "optimizer"),
     [
-        ((2, "M*|-M", PIPELINE), (2, "M*-M", (*TENSOR, *PADDING))),
-        ((2, "M*-M", (*TENSOR, *PADDING)), (2, "M|*|-|M", PIPELINE)),
-        ((2, "M|*|-|M", PIPELINE), (1, "M*-M", ())),
-        ((2, "M*-M", ZIGZAG), (4, "M*|-M", (*PIPELINE, *CONTEXT))),
+        ((2, "M*|-M", PIPELINE), (2, "M*-M", (*TENSOR, *PADDING)), OPTIMIZER),
+        ((2, "M*-M", (*TENSOR, *PADDING)), (2, "M|*|-|M", PIPELINE), ()),
+        ((2, "M|*|-|M", PIPELINE), (1, "M*-M", ()), ()),
+        ((2, "M*-M", ZIGZAG), (4, "M*|-M", (*PIPELINE, *CONTEXT)), OPTIMIZER),
     ],
 )
-@pytest.mark.parametrize("optimizer", [(), OPTIMIZER])
 def test_a_run_goes_on_in_another_layout(start, documents, tmp_path, before, after, optimizer):
     """With the optimizer's state, as if nothing had happened."""
     (load, checkpoint, *rest_of_load), _ = start
