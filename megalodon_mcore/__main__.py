@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         command, run = args.command, lambda: commands[args.command].run(args)
     try:
         return run()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError, EOFError) as error:
         print(f"megalodon-mcore {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

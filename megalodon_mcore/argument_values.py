@@ -28,14 +28,15 @@ AT_LEAST_ONE = frozenset(
     non_persistent_save_interval exit_interval exit_duration_in_mins lr_decay_iters
     lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples train_samples muon_num_ns_steps
     num_dataset_builder_threads manual_gc_interval num_experts moe_router_topk moe_ffn_hidden_size
-    moe_shared_expert_intermediate_size mtp_num_layers kv_channels num_query_groups
+    moe_shared_expert_intermediate_size mtp_num_layers kv_channels num_query_groups log_interval
+    tensorboard_log_interval
     """.split()
 ) | {ARGUMENT_PREFIX + name for name in OWN if KINDS[name] == "int"}
 AT_LEAST_ZERO = frozenset(
     """
     train_iters num_workers seed lr min_lr lr_warmup_iters lr_warmup_samples
     lr_warmup_init weight_decay start_weight_decay end_weight_decay clip_grad sgd_momentum
-    muon_momentum decoupled_lr decoupled_min_lr mid_level_dataset_surplus
+    muon_momentum decoupled_lr decoupled_min_lr mid_level_dataset_surplus eval_interval eval_iters
     """.split()
 )
 ABOVE_ZERO = frozenset(

@@ -18,7 +18,9 @@ def prepare(args: Namespace) -> None:
     Raises:
         ValueError: the first that would not work; one sentence names it and what would.
     """
-    _check_intervals(args)
+    if not args.eval_interval:
+        # Its meaning by Megatron's help: only after training. Megatron divides by it.
+        args.eval_interval = sys.maxsize
     if args.dataloader_type == "external" or args.dataloader_fast_cache_load:
         splits = [SplitData("", [], False, [])] * len(NAMES)
     else:
@@ -60,23 +62,6 @@ def _weigh_tokens_alike(args: Namespace) -> None:
             return evaluate(*arguments, **options)
 
     training.evaluate = evaluate_by_tokens
-
-
-def _check_intervals(args: Namespace) -> None:
-    if not args.eval_interval:
-        # Its meaning by Megatron's help: only after training. Megatron divides by it.
-        args.eval_interval = sys.maxsize
-    for name, least in (
-        ("eval_interval", 1),
-        ("eval_iters", 0),
-        ("log_interval", 1),
-        ("tensorboard_log_interval", 1),
-    ):
-        if getattr(args, name) < least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; it takes an integer of at "
-                f"least {least}."
-            )
 
 
 def _check_presence(args: Namespace, splits: list[SplitData | None]) -> None:

@@ -6,6 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
+LOCK = ".lock"
+
 
 def lock_folder(folder: Path, option: str) -> int:
     """Takes a folder for this process.
@@ -20,7 +22,7 @@ def lock_folder(folder: Path, option: str) -> int:
     Raises:
         ValueError: another process has it.
     """
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

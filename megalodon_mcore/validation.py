@@ -78,11 +78,6 @@ def check_supported(
             f"--fp8-recipe is {_name(config.fp8_recipe)}; Megalodon takes "
             f"{', '.join(FP8_MULTIPLES)}."
         )
-    if config.hierarchical_context_parallel_sizes:
-        raise ValueError(
-            "--hierarchical-context-parallel-sizes is set, but Megalodon's exchange has one level; "
-            "leave it out."
-        )
     if config.num_query_groups not in (None, config.num_attention_heads) and not with_attention:
         raise ValueError(
             f"--num-query-groups is {config.num_query_groups}, but every Megalodon head has keys "

@@ -1,6 +1,5 @@
 """Prepared data must be what Megatron reads, and hold exactly the text that went in."""
 
-import argparse
 import gzip
 import json
 import multiprocessing
@@ -15,11 +14,11 @@ import pytest
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 import ngram
+from megalodon_mcore.__main__ import main
 from megalodon_mcore.data import (
     encoders,
     output_files,
     prepare,
-    prepare_command,
     sources,
 )
 from megalodon_mcore.data.byte_tokenizer import (
@@ -622,24 +621,22 @@ def test_killed_run_looks_unfinished_and_can_be_repeated(tmp_path, corpus):
 
 def test_two_runs_cannot_write_one_prefix(tmp_path, corpus):
     with output_files.unfinished_folder(tmp_path / "d"):
-        with pytest.raises(FileExistsError, match="another run is writing it"):
+        with pytest.raises(ValueError, match="d.unfinished, in which another process is at work"):
             _prepare([corpus[0]], tmp_path / "d")
 
 
 def test_command_line(tmp_path, corpus, capsys):
-    parser = argparse.ArgumentParser()
-    prepare_command.add_arguments(parser)
-    parser.format_help()
     prefix = tmp_path / "d"
-    words = [str(corpus[0]), "--output-prefix", str(prefix), "--split", "0.8,0.1,0.1"]
-    assert prepare_command.run(parser.parse_args(words)) == 0
+    words = ["prepare-data", str(corpus[0]), "--output-prefix", str(prefix)]
+    words += ["--split", "0.8,0.1,0.1"]
+    assert main(words) == 0
     out, err = capsys.readouterr()
     assert shlex.join(PreparedData.load(prefix).megatron_arguments()) in out
     assert "tokenizing" in err
-    assert prepare_command.run(parser.parse_args(words)) == 2
+    assert main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     for wrong in (["--workers", "0"], ["--split", "x"], ["--max-bytes", "0"]):
-        assert prepare_command.run(parser.parse_args([*words, "--overwrite", *wrong])) == 2
+        assert main([*words, "--overwrite", *wrong]) == 2
         assert wrong[0] in capsys.readouterr().err
     assert PreparedData.load(prefix).datasets["train"].documents  # still there
 

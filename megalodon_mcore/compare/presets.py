@@ -107,7 +107,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, each in FIELDS.items():
         several = isinstance(getattr(Settings(), name), tuple)
         parser.add_argument(
-            "--" + name.replace("_", "-"),
+            _option(name),
             type=each.metadata["item"],
             nargs="+" if several else None,
             metavar=name.upper(),

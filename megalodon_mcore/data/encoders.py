@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -147,7 +146,7 @@ class Encoder:
 
 def build_megatron_tokenizer(choice: TokenizerChoice) -> Any:
     """The tokenizer that Megatron itself builds from the two arguments."""
-    with quiet_megatron():
+    with warnings.catch_warnings(action="ignore"):
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     defaults = SimpleNamespace(
@@ -172,14 +171,6 @@ def build_megatron_tokenizer(choice: TokenizerChoice) -> Any:
             f"--tokenizer {str(choice.tokenizer_model)!r}: Megatron's {choice.tokenizer_type} "
             f"cannot load it ({first_line(error)})"
         ) from error
-
-
-@contextmanager
-def quiet_megatron() -> Iterator[None]:
-    """Megatron warns about missing optional packages and a missing rank; none matters here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def encode_documents(

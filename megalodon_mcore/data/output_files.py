@@ -1,6 +1,5 @@
 """How `prepare-data` puts files in place: all of them finished, or none."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalodon_mcore.data.metadata import PreparedData, metadata_path
+from megalodon_mcore.folder_lock import LOCK, lock_folder
 
 
 def existing_outputs(prefix: Path, names: dict[str, str]) -> list[Path]:
@@ -40,21 +40,15 @@ def unfinished_folder(prefix: Path) -> Iterator[Path]:
     """The folder PREFIX.unfinished, empty, held by this process alone, and gone afterwards."""
     folder = prefix.parent / f"{prefix.name}.unfinished"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed run holds no lock
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"--output-prefix {str(prefix)!r}: another run is writing it just now; "
-                "wait for it, or choose another prefix"
-            ) from error
-        try:
-            for leftover in folder.iterdir():
-                if leftover.name != "lock":
-                    leftover.unlink()
-            yield folder
-        finally:
-            shutil.rmtree(folder)
+    lock = lock_folder(folder, "The folder of --output-prefix")  # a killed run holds no lock
+    try:
+        for leftover in folder.iterdir():
+            if leftover.name != LOCK:
+                leftover.unlink()
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+        os.close(lock)
 
 
 def publish(prefix: Path, folder: Path, names: list[str], old_files: list[Path]) -> None:

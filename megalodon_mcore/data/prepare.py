@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from megalodon_mcore.data.encoders import (
     Encoder,
     choose_tokenizer,
     encode_documents,
-    quiet_megatron,
 )
 from megalodon_mcore.data.indexed_writer import IndexedWriter, document_lengths, write_pieces
 from megalodon_mcore.data.metadata import DatasetInfo, PreparedData
@@ -99,7 +99,8 @@ def prepare_data(
     files = find_files(inputs, suffixes)
     choice = choose_tokenizer(tokenizer, prefix.parent / BYTE_TOKENIZER_FOLDER)
     encoding = (choice, append_eod, sentence_splitter if split_sentences else None)
-    with quiet_megatron():
+    # Megatron warns of missing optional packages and a missing rank; none matters here.
+    with warnings.catch_warnings(action="ignore"):
         encoder = Encoder(*encoding)
 
     skipped: list[Path] = []
@@ -205,7 +206,7 @@ def _deal_out(
     """The splits of the dataset `tokens`, and how many documents were cut for them."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    with quiet_megatron():
+    with warnings.catch_warnings(action="ignore"):
         tokens = IndexedDataset(str(folder / "tokens"))
     lengths = document_lengths(tokens)
     splits = plan_split(lengths, shares, seed)

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -116,14 +115,10 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer documents json_key suffixes split seed split_sentences language keep_newlines "
         "append_eod max_bytes workers overwrite"
     ).split()
-    try:
-        with no_new_folder_on_failure(Path(args.output_prefix).parent / BYTE_TOKENIZER_FOLDER):
-            prepared = prepare_data(
-                args.inputs, args.output_prefix, **{name: getattr(args, name) for name in names}
-            )
-    except (ValueError, OSError, EOFError) as error:
-        print(f"megalodon-mcore prepare-data: {error}", file=sys.stderr)
-        return 2
+    with no_new_folder_on_failure(Path(args.output_prefix).parent / BYTE_TOKENIZER_FOLDER):
+        prepared = prepare_data(
+            args.inputs, args.output_prefix, **{name: getattr(args, name) for name in names}
+        )
     seconds = time.monotonic() - started
     for name, info in prepared.datasets.items():
         print(

@@ -107,9 +107,6 @@ REFUSED = {
         "--eval-iters is 1, but --split is 8,0,2, which leaves no validation data; give it some, or"
         " take --eval-iters 0.",
     ),
-    "interval": (dict(mock_data=True, eval_interval=-1), "--eval-interval is -1; it takes an int"),
-    "iterations": (dict(mock_data=True, eval_iters=-1), "--eval-iters is -1; it takes an integer"),
-    "log": (dict(mock_data=True, log_interval=0), "--log-interval is 0; .* at least 1."),
     "sets in part": (
         dict(mock_data=True, multiple_validation_sets=True),
         "--multiple-validation-sets is set, .*; add --full-validation.",

@@ -22,7 +22,7 @@ from training.runs import TINY, launch
 
 REFUSED = {
     "expert_model_parallel_size": (2, "--expert-model-parallel-size is 2"),
-    "hierarchical_context_parallel_sizes": ([1, 2], "--hierarchical-context-parallel-sizes is set"),
+    "hierarchical_context_parallel_sizes": ([1, 2], "--hierarchical-context-parallel-sizes is 1 2"),
     "multi_latent_attention": (True, "--multi-latent-attention is set"),
     "fp8": ("hybrid", "--fp8-format is hybrid, but only Transformer Engine's"),
     "fp8_param": (True, "--fp8-param-gather is set"),
