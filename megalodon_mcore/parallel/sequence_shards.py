@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megalodon_mcore.kernels.segments import Segment, Segments
 from megalodon_mcore.parallel.sequence_layout import SequenceLayout, sequence_layout
+from megalodon_mcore.parallel.subgroups import once_in_a_world
 
 
 class Earlier(NamedTuple):
@@ -144,7 +144,7 @@ class _Exchange(torch.autograd.Function):
         return grad_x, grad, None
 
 
-@lru_cache(maxsize=128)
+@once_in_a_world
 def sequence_shards(
     order: str,
     context_parallel_size: int,

@@ -200,9 +200,14 @@ def _answer(task: bytes) -> bytes:
 
 
 def _leave_world() -> None:
+    """Ends every group: each has threads that look for work a hundred times a second."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    # Models are cycles that hold their groups, and each group has threads and sockets.
+    for name, value in vars(parallel_state).items():
+        # Two of them Megatron 0.19 forgets.
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+    # Models are cycles that hold their groups.
     gc.collect()

@@ -3,6 +3,7 @@
 import os
 import time
 from multiprocessing import connection
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import distributed as dist
 
 from distributed import pool
 from distributed.pool import Pool
+from distributed.test_operations import errors_of
 
 
 def total(value):
@@ -40,6 +42,11 @@ def environment():
     return torch.get_num_threads(), torch.cuda.device_count(), os.environ.get("RANK")
 
 
+def gloo_threads():
+    names = [task / "comm" for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo_tcp_loop" in name.read_text() for name in names)
+
+
 def test_every_task_has_a_world_of_its_own(workers, monkeypatch):
     monkeypatch.setenv("RANK", "7")
     for world_size in (1, 3, 2):
@@ -47,6 +54,13 @@ def test_every_task_has_a_world_of_its_own(workers, monkeypatch):
         expected = 10.0 * world_size + sum(range(world_size))
         assert results == [(rank, torch.tensor([expected])) for rank in range(world_size)]
     assert workers.run(2, environment) == [(1, 8, None)] * 2
+
+
+def test_no_group_outlives_its_task(workers):
+    """Megatron's own, subgroups, and those that tables of sequences' shards know."""
+    fresh = workers.run(2, gloo_threads)
+    workers.run(2, errors_of, 2, range(2))
+    assert workers.run(2, gloo_threads) == fresh
 
 
 def test_an_exception_comes_with_its_rank_and_traceback(workers):
