@@ -25,6 +25,7 @@ from megalodon_mcore.compare import (
 )
 from megalodon_mcore.compare.command import Comparison
 from megalodon_mcore.compare.presets import PRESETS, preset
+from megalodon_mcore.folder_lock import lock_folder
 
 
 def with_values(name="tiny", **values):
@@ -211,11 +212,11 @@ def test_torchrun_around_compare_is_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_is_trained_by_one_process(tmp_path):
-    with runs.alone(tmp_path):
+    with lock_folder(tmp_path, "--out"):
         with pytest.raises(ValueError, match="in which another process is at work"):
-            with runs.alone(tmp_path):
+            with lock_folder(tmp_path, "--out"):
                 pass
-    with runs.alone(tmp_path):
+    with lock_folder(tmp_path, "--out"):
         pass
 
 

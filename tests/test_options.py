@@ -19,8 +19,8 @@ PLACES = {
     "Megatron": honoured_options.BY_MEGATRON,
     "Megalodon": honoured_options.BY_MEGALODON,
     "without effect": honoured_options.WITHOUT_EFFECT,
-    "refused": set(options.refusals_of_pretrain()),
 }
+REFUSALS = options.refusals_of_pretrain()
 
 
 def test_every_argument_has_one_place():
@@ -28,22 +28,22 @@ def test_every_argument_has_one_place():
     names = {action.dest for action in parser()._actions} - {"help"}
     for name in names:
         found = [place for place, placed in PLACES.items() if name in placed]
+        found += ["refused"] * (options.reason_in(REFUSALS, name) is not None)
         assert len(found) == 1, (name, found)
 
 
 def test_every_refused_argument_is_refused_by_the_name_it_is_written_with():
     known = parser()
     defaults = known.parse_args([])
-    refused = options.refusals_of_pretrain()
-    options.check_arguments(defaults, known, refused)
+    options.check_arguments(defaults, known, REFUSALS)
     for action in known._actions:
-        if action.dest not in refused:
+        if options.reason_in(REFUSALS, action.dest) is None:
             continue
         before = getattr(defaults, action.dest)
         setattr(defaults, action.dest, "another value")
         options_of_it = [z.option_strings[-1] for z in known._actions if z.dest == action.dest]
         with pytest.raises(ValueError, match=f"^({'|'.join(options_of_it)}) is another value.*"):
-            options.check_arguments(defaults, known, refused)
+            options.check_arguments(defaults, known, REFUSALS)
         setattr(defaults, action.dest, before)
 
 

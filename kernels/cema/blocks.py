@@ -31,12 +31,9 @@ class Window(NamedTuple):
     """Which start one that goes on with its document, and which; of rows side by side the first."""
     ends: list[tuple[int, int]]
     """Which end one, and which."""
-    pieces: list[tuple[int, int, int, slice]]
-    """Blocks in a row without gaps: first block, how many, the place in it where steps begin, and
-    which steps of the rows."""
     indices: tuple[Tensor, Tensor, Tensor] | None
-    """Where pieces are so many that these are faster: of each of the blocks' steps which of `steps`
-    it is; which of them only fill a block up; and which do not."""
+    """Where some only fill a block up: of each of the blocks' steps which of `steps` it is; which
+    fill a block up; and which do not."""
 
 
 def block_windows(
@@ -78,8 +75,6 @@ def _windows(
             write, pads = _true(inside), _true(~inside)
             bounds = slice(int(steps[write[0]]), int(steps[write[-1]]) + 1)
             read = (steps - bounds.start).where(inside, 0)
-            pieces = list(_pieces(inside.view(-1, block), bounds.start))
-            by_pieces = 2 * len(pieces) <= max(j - i, 4)
             yield Window(
                 j - i,
                 bounds,
@@ -89,24 +84,8 @@ def _windows(
                 1 + _true(fresh[1:]).to(device),
                 [(k, int(here[k])) for k in _true(fresh & (position[here] > 0)).tolist()],
                 [(k, int(here[k])) for k in _true(last[i:j]).tolist()],
-                pieces,
-                None if by_pieces else (read.to(device), pads.to(device), write.to(device)),
+                None if len(pads) == 0 else (read.to(device), pads.to(device), write.to(device)),
             )
-
-
-def _pieces(inside: Tensor, step: int) -> Iterator[tuple[int, int, int, slice]]:
-    """Window.pieces, where a mask [blocks, T] says which steps are there, from `step` on."""
-    block, counts = inside.shape[1], inside.sum(1).tolist()
-    skips = inside.int().argmax(1).tolist()
-    k = 0
-    while k < len(counts):
-        blocks = 1
-        if counts[k] == block:
-            while k + blocks < len(counts) and counts[k + blocks] == block:
-                blocks += 1
-        steps = blocks * counts[k]
-        yield k, blocks, skips[k], slice(step, step + steps)
-        k, step = k + blocks, step + steps
 
 
 def _true(mask: Tensor) -> Tensor:
@@ -116,29 +95,19 @@ def _true(mask: Tensor) -> Tensor:
 
 def gather(x: Tensor, window: Window, z: Tensor) -> None:
     """A window's values of x [length, batch, c] to z [blocks, rows, c, T]."""
+    x = x[window.steps, window.rows]
     if window.indices is not None:
         read, pads, _ = window.indices
-        x = x[window.steps, window.rows].index_select(0, read).index_fill_(0, pads, 0)
-        z.copy_(x.unflatten(0, (window.blocks, -1)).permute(0, 2, 3, 1))
-        return
-    for k, blocks, skip, steps in window.pieces:
-        piece, to = x[steps, window.rows], z[k : k + blocks]
-        length = len(piece) // blocks
-        if length < to.shape[3]:
-            to.zero_()
-        to = to[..., skip : skip + length]
-        to.copy_(piece.unflatten(0, (blocks, length)).permute(0, 2, 3, 1))
+        x = x.index_select(0, read).index_fill_(0, pads, 0)
+    z.copy_(x.unflatten(0, (window.blocks, -1)).permute(0, 2, 3, 1))
 
 
 def scatter(values: Tensor, window: Window, y: Tensor) -> None:
     """Matrices [c, blocks * rows, T] of channels to a window's places in y [length, batch, c]."""
     values = values.unflatten(1, (window.blocks, -1)).permute(1, 3, 2, 0)
-    if window.indices is not None:
+    y = y[window.steps, window.rows]
+    if window.indices is None:
+        y.unflatten(0, (window.blocks, -1)).copy_(values)
+    else:
         values = values.to(y.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
-        y[window.steps, window.rows] = values.index_select(0, window.indices[2])
-        return
-    for k, blocks, skip, steps in window.pieces:
-        piece = y[steps, window.rows]
-        length = len(piece) // blocks
-        piece = piece.unflatten(0, (blocks, length))
-        piece.copy_(values[k : k + blocks, skip : skip + length])
+        y.copy_(values.index_select(0, window.indices[2]))

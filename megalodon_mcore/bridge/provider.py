@@ -17,11 +17,8 @@ from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.nn import functional as F
 
-from megalodon_mcore import hybrid
 from megalodon_mcore.config import (
     ARGUMENT_PREFIX,
     BLOCKS,
@@ -52,31 +49,12 @@ OwnValues = dataclasses.make_dataclass(
 """`megalodon_*`: the values of MegalodonConfig that Megatron has no argument for."""
 
 
-def megalodon_block_spec(
-    config: MegalodonModelProvider, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """Builds the layers' spec of one pipeline stage; the provider calls it."""
-    groups = config._pg_collection
-    return config.megalodon_spec().block_submodules(
-        config,
-        rotary_base=config.rotary_base,
-        position_embedding_type=config.position_embedding_type,
-        vp_stage=vp_stage,
-        pp_rank=groups.pp.rank() if groups is not None else None,
-    )
+def megalodon_spec(config: _Megalodon) -> MegalodonSpec:
+    """What a provider builds its layers with; the hooks on Megatron's models resolve it.
 
-
-def megalodon_stack_spec(config: MegalodonHybridProvider) -> ModuleSpec:
-    """Builds the stack's spec; the provider calls it."""
-    pattern = config.hybrid_layer_pattern
-    parts = config.megalodon_spec().hybrid_parts(
-        config,
-        pattern,
-        config.position_embedding_type,
-        config.rotary_base,
-        config.rotary_percent,
-    )
-    return hybrid.stack_of(parts, config)
+    Bridge cuts packed sequences apart, and a plain row as if it were one of them.
+    """
+    return MegalodonSpec(settled=config.config(), sequence_order=DOCUMENT_ZIGZAG)
 
 
 @dataclass
@@ -112,7 +90,7 @@ class _Megalodon(OwnValues):
             self.gradient_accumulation_fusion = False
         super().finalize()
         pattern = self.hybrid_layer_pattern
-        megalodon, order = self.megalodon_spec().check(
+        megalodon, order = megalodon_spec(self).check(
             self, self.position_embedding_type, self.rotary_base, pattern
         )
         check_layout(self, megalodon, order, self.seq_length, pattern)
@@ -130,13 +108,6 @@ class _Megalodon(OwnValues):
         if self.megalodon_num_heads is None:
             self.finalize()
         return super().provide(pre_process, post_process, vp_stage)
-
-    def megalodon_spec(self) -> MegalodonSpec:
-        """Builds the layers with this provider's values.
-
-        Bridge cuts packed sequences apart, and a plain row as if it were one of them.
-        """
-        return MegalodonSpec(settled=self.config(), sequence_order=DOCUMENT_ZIGZAG)
 
     def config(self) -> MegalodonConfig:
         """The model's configuration, every width a number."""
@@ -164,7 +135,7 @@ class _Megalodon(OwnValues):
 class MegalodonModelProvider(_Megalodon, GPTModelProvider):
     """Builds a Megalodon from Megatron's configuration and `megalodon_*` values."""
 
-    transformer_layer_spec: Callable = megalodon_block_spec
+    transformer_layer_spec: Callable = megalodon_spec
     transformer_impl: str = "local"
     position_embedding_type: str = "none"
     normalization: str = "RMSNorm"
@@ -223,7 +194,7 @@ class MegalodonHybridProvider(_Megalodon, HybridModelProvider):
     Attention has num_attention_heads, blocks have megalodon_num_heads.
     """
 
-    hybrid_stack_spec: Callable = megalodon_stack_spec
+    hybrid_stack_spec: Callable = megalodon_spec
     transformer_impl: str = "local"
     normalization: str = "LayerNorm"
     activation_func: Callable = F.silu

@@ -26,6 +26,7 @@ from megalodon_mcore.compare.presets import (
     add_arguments as add_settings,
 )
 from megalodon_mcore.data.metadata import PreparedData
+from megalodon_mcore.folder_lock import lock_folder
 from megalodon_mcore.gpu_arguments import count_gpus
 from megalodon_mcore.whole_file import write_text
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     _check_machine(args.processes, settings)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        with runs.alone(args.out):
+        with lock_folder(args.out, "--out"):
             _compare(args, settings, seeds)
     except OSError as error:
         if error.errno is None:  # A sentence already.

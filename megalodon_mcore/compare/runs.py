@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tqdm import tqdm
 from megalodon_mcore.allocator import with_large_pages
 from megalodon_mcore.compare.equal_size import Shape
 from megalodon_mcore.compare.presets import GPTS, HE, MEGALODON, WINDOW, Settings
-from megalodon_mcore.folder_lock import lock_folder
 
 PRETRAIN, MEASURE = "pretrain", "compare-measure"
 LOSS, VALIDATION, TIME = "lm loss", "lm loss validation", "iteration-time"
@@ -156,8 +154,8 @@ def run(command: str, arguments: Sequence[str], log: Path, name: str, steps: int
         stderr=subprocess.STDOUT,
         text=True,
         env=with_large_pages(os.environ),
-        # Held by the child too, so that one left alone by a killed parent keeps it.
-        pass_fds=_locks,
+        # The folder's lock goes along: a child left alone by a killed parent keeps it.
+        close_fds=False,
     )
     assert process.stdout is not None
     # Ended by a signal, this process ends the other one too.
@@ -178,25 +176,6 @@ def run(command: str, arguments: Sequence[str], log: Path, name: str, steps: int
         signal.signal(signal.SIGTERM, before)
     if status:
         raise ValueError(f"{command} of {name} stopped with status {status}; see {log}.")
-
-
-_locks: list[int] = []
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keeps this folder for this process and those that it runs.
-
-    Raises:
-        ValueError: another one does.
-    """
-    lock = lock_folder(folder, "--out")
-    _locks.append(lock)
-    try:
-        yield
-    finally:
-        _locks.remove(lock)
-        os.close(lock)
 
 
 def drop_checkpoint(folder: Path) -> None:

@@ -6,16 +6,12 @@ arguments that a run has saved, and refuses those of the other model.
 
 from __future__ import annotations
 
-import io
-import pickle
+import contextlib
 import shutil
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megalodon_mcore.config import config_from_arguments, layers_beside_blocks
 from megalodon_mcore.conversion.mcore_checkpoint import (
@@ -27,6 +23,7 @@ from megalodon_mcore.conversion.mcore_checkpoint import (
 )
 from megalodon_mcore.conversion.new_folder import new_folder
 from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader
+from megalodon_mcore.conversion.torch_dist_writer import TorchDistWriter
 
 DATA = "arguments.distcp"
 LAYERS_APART = "decoder.layers.0."
@@ -78,32 +75,18 @@ def run(args: Namespace) -> int:
     with new_folder(args.output, args.input, args.overwrite) as folder:
         target = folder / source.name
         shutil.copytree(source, target)
-        objects: dict[str, Any] = {}
-        if (target / "common.pt").is_file():
-            torch.save(common, target / "common.pt")
-        else:
-            objects[COMMON] = common
-        if args.to == "hybrid":
-            objects[OUTPUT_STATE] = None
-        _write(reader, objects, target)
+        with contextlib.closing(TorchDistWriter(target, DATA, reader.metadata)) as writer:
+            # An object is one of a list, like every part that is saved by ranks.
+            if (target / "common.pt").is_file():
+                torch.save(common, target / "common.pt")
+            else:
+                writer.write_object(COMMON, [common])
+            if args.to == "hybrid":
+                writer.write_object(OUTPUT_STATE, [None])
+            writer.finish()
         for beside in args.input.iterdir():
             if beside.is_dir() and not beside.name.startswith(("iter_", "release")):
                 shutil.copytree(beside, folder / beside.name)
         (folder / TRACKER).write_text(source.name.removeprefix("iter_").lstrip("0") or "0")
     print(f"{args.output}: {source.name} for a {args.to} model of {config.num_layers} blocks.")
     return 0
-
-
-def _write(reader: TorchDistReader, objects: dict[str, Any], folder: Path) -> None:
-    """Puts objects into a copy of a checkpoint, in a file of their own."""
-    buffer = io.BytesIO()
-    for key, value in objects.items():
-        start = buffer.tell()
-        # An object is one of a list, like every part that is saved by ranks.
-        saved = io.BytesIO()
-        torch.save([value], saved)
-        buffer.write(saved.getbuffer())
-        reader.entries[key] = BytesStorageMetadata()
-        reader.places[MetadataIndex(key)] = _StorageInfo(DATA, start, buffer.tell() - start)
-    (folder / DATA).write_bytes(buffer.getbuffer())
-    (folder / ".metadata").write_bytes(pickle.dumps(reader.metadata))

@@ -14,22 +14,23 @@ MARKS = ("config.json", "consolidate_config.json", "latest_checkpointed_iteratio
 
 
 @contextmanager
-def new_folder(path: Path, source: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, source: Path | None, overwrite: bool) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which takes that name once the block is done.
 
     Args:
         path: the folder to make.
-        source: what is read meanwhile, so that path must be neither in it nor around it.
+        source: what is read meanwhile, if anything; path may be neither in it nor around it.
         overwrite: whether path may be a checkpoint that is there.
 
     Raises:
         FileExistsError: path exists and may not be overwritten.
         ValueError: path and source overlap.
     """
-    path, source = path.absolute(), source.resolve()
-    target = path.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise ValueError(f"{path} and {source} overlap; choose another folder for the result.")
+    path, target = path.absolute(), path.resolve()
+    if source is not None:
+        source = source.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise ValueError(f"{path} and {source} overlap; choose another folder for the result.")
     _check(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from pathlib import Path
@@ -27,14 +26,16 @@ class TorchDistWriter:
     """Appends tensors and objects to one data file; `finish` makes it a checkpoint.
 
     Args:
-        folder: an empty one.
+        folder: an empty one, or a checkpoint.
+        data: the file's name.
+        metadata: the checkpoint's, to which what is written is added.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = (folder / DATA).open("wb")
-        self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        self.places: dict[MetadataIndex, _StorageInfo] = {}
+    def __init__(self, folder: Path, data: str = DATA, metadata: Metadata | None = None) -> None:
+        self.folder, self.data = folder, data
+        self.file = (folder / data).open("wb")
+        self.metadata = metadata or Metadata({}, storage_data={})
+        self.entries, self.places = self.metadata.state_dict_metadata, self.metadata.storage_data
 
     def write(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], part: Tensor):  # noqa: ANN201
         """Adds the part of tensor `key`, which has this shape, that begins at these offsets."""
@@ -46,6 +47,7 @@ class TorchDistWriter:
             ),
         )
         entry.chunks.append(chunk)
+        part = part.detach().contiguous()
         # torch.save writes a view's whole storage.
         own = part.untyped_storage().nbytes() == part.numel() * part.element_size()
         self._append(MetadataIndex(key, chunk.offsets), part if own else part.clone())
@@ -58,8 +60,7 @@ class TorchDistWriter:
     def finish(self) -> None:
         """Writes what makes the folder a checkpoint."""
         self.file.close()
-        metadata = Metadata(self.entries, storage_data=self.places)
-        (self.folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        (self.folder / ".metadata").write_bytes(pickle.dumps(self.metadata))
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.folder / "metadata.json").write_text(json.dumps(backend))
 
@@ -69,10 +70,5 @@ class TorchDistWriter:
 
     def _append(self, index: MetadataIndex, value: Any) -> None:
         start = self.file.tell()
-        if isinstance(value, Tensor):
-            torch.save(value.detach().contiguous(), self.file)
-        else:
-            buffer = io.BytesIO()
-            torch.save(value, buffer)
-            self.file.write(buffer.getbuffer())
-        self.places[index] = _StorageInfo(DATA, start, self.file.tell() - start)
+        torch.save(value, self.file)
+        self.places[index] = _StorageInfo(self.data, start, self.file.tell() - start)

@@ -2,12 +2,13 @@
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megalodon_mcore.conversion.json_file import write_object
+from megalodon_mcore.conversion.new_folder import new_folder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_ID = 256
@@ -37,26 +38,14 @@ def write_byte_tokenizer(folder: str | os.PathLike) -> Path:
         FileExistsError: the folder holds something other than this tokenizer.
     """
     folder = Path(folder)
-    if folder.exists():
-        return _checked(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, content in _files().items():
-            text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        return _checked(folder)  # another process wrote it first
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _checked(folder: Path) -> Path:
+    if not folder.exists():
+        try:
+            with new_folder(folder, None, overwrite=False) as temporary:
+                for name, content in _files().items():
+                    write_object(temporary / name, content)
+        except OSError:  # of another process that wrote it first
+            if not folder.exists():
+                raise
     try:
         for name, content in _files().items():
             if json.loads((folder / name).read_text(encoding="utf-8")) != content:
@@ -75,46 +64,22 @@ def tokenizer_file() -> dict[str, Any]:
 
 
 def _files() -> dict[str, dict[str, Any]]:
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
-    vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # Of the format's letters for bytes, those that are a byte's own character stand for it.
+    letters = {*pre_tokenizers.ByteLevel.alphabet()}
+    others = iter(sorted(letters - {*map(chr, range(256))}))
+    names = (chr(byte) if chr(byte) in letters else next(others) for byte in range(256))
+    vocabulary = {letter: byte for byte, letter in enumerate(names)}
     vocabulary[END_OF_DOCUMENT] = END_OF_DOCUMENT_ID
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": END_OF_DOCUMENT_ID,
-                "content": END_OF_DOCUMENT,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        ],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": [],
-        },
-    }
+    made = Tokenizer(models.BPE(vocabulary, []))
+    options = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([END_OF_DOCUMENT])
+    tokenizer = json.loads(made.to_str())
+    # It decodes alike without; folders that are there have it.
+    tokenizer["decoder"] |= options
     # A padding id lets Megatron fill a last, partial validation sample. It shares the eos id, so
     # Megatron pads with -1 and masks that, and warns about the sharing.
     configuration = {
@@ -125,11 +90,3 @@ def _files() -> dict[str, dict[str, Any]]:
         "split_special_tokens": True,
     }
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": configuration}
-
-
-def _byte_letters() -> list[str]:
-    """The letter by which the Hugging Face ByteLevel format writes each byte: printable Latin-1
-    characters stand for themselves, the other 68 bytes take the letters from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -40,15 +40,14 @@ def unfinished_folder(prefix: Path) -> Iterator[Path]:
     """The folder PREFIX.unfinished, empty, held by this process alone, and gone afterwards."""
     folder = prefix.parent / f"{prefix.name}.unfinished"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder, "The folder of --output-prefix")  # a killed run holds no lock
-    try:
-        for leftover in folder.iterdir():
-            if leftover.name != LOCK:
-                leftover.unlink()
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        os.close(lock)
+    with lock_folder(folder, "The folder of --output-prefix"):  # a killed run holds no lock
+        try:
+            for leftover in folder.iterdir():
+                if leftover.name != LOCK:
+                    leftover.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 def publish(prefix: Path, folder: Path, names: list[str], old_files: list[Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,8 +16,7 @@ from megalodon_mcore.layers.norms import LayerNormParameters
 from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
 from megalodon_mcore.parallel import random_states
 from megalodon_mcore.parallel.model_parallel import ModelParallel
-from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
-from megalodon_mcore.parallel.tensor_split import TensorSplit
+from megalodon_mcore.parallel.placement import PlacedModule
 
 
 class Rescale(Float32Module):
@@ -35,24 +33,10 @@ class Rescale(Float32Module):
         return (hidden_states * self.weight).to(hidden_states.dtype)
 
 
-class FeedForward(MegatronModule):
-    """What a block's feed-forward networks have in common: how they end, and their entries.
+class FeedForward(PlacedModule):
+    """What a block's feed-forward networks have in common: how they end."""
 
-    `symbol` is that of the layers that have one of a kind.
-    """
-
-    symbol: str
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        megalodon: MegalodonConfig,
-        pg_collection: ProcessGroupCollection,
-        parallel: ModelParallel,
-    ) -> None:
-        super().__init__(config=config)
-        self.megalodon = megalodon
-        self.split = TensorSplit(pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel)
+    prefix = "feed_forward."
 
     def _complete(self, layer_number: int, is_mtp_layer: bool, device: torch.device) -> None:
         """Makes what comes last, and marks all parameters; those of experts Megatron has marked.
@@ -64,31 +48,11 @@ class FeedForward(MegatronModule):
         self.rescale = None
         if self.megalodon.rescale_nffn:
             self.rescale = Rescale(self.config.hidden_size, start, device)
-        mark_parameters(self, "feed_forward.", self.megalodon, self.split, self.symbol)
+        self.mark_parameters()
 
     def _end(self, output: Tensor) -> Tensor:
         output = F.dropout(output, self.config.hidden_dropout, self.training)
         return output if self.rescale is None else self.rescale(output)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
-    ) -> dict:
-        """Megatron's entries, with W1 and W3 each cut over the ranks, as in Megatron's own MLP."""
-        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return sharded_by_table(
-            self,
-            "feed_forward.",
-            self.megalodon,
-            self.split,
-            sharded,
-            sharded_offsets,
-            metadata,
-            prefix,
-            self.symbol,
-        )
 
 
 class MegalodonFeedForward(FeedForward):
@@ -96,8 +60,6 @@ class MegalodonFeedForward(FeedForward):
 
     With SwiGLU `linear_fc1` holds W1 over W3, as Megatron's own MLP does.
     """
-
-    symbol = "M"
 
     def __init__(
         self,
@@ -111,7 +73,6 @@ class MegalodonFeedForward(FeedForward):
         is_mtp_layer: bool = False,
     ) -> None:
         super().__init__(config, megalodon, pg_collection, parallel)
-        self.tp_group = pg_collection.tp
         hidden_size, ffn_size = config.hidden_size, config.ffn_hidden_size
         self.swiglu = config.gated_linear_unit
         self.norm = submodules.feed_forward_norm(hidden_size, config.layernorm_epsilon, device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,12 +24,11 @@ from megalodon_mcore.layers.submodules import MegalodonLayerSubmodules
 from megalodon_mcore.parallel import random_states
 from megalodon_mcore.parallel.chunk_prefix import with_chunk_prefixes
 from megalodon_mcore.parallel.model_parallel import ModelParallel
-from megalodon_mcore.parallel.placement import mark_parameters, sharded_by_table
+from megalodon_mcore.parallel.placement import PlacedModule
 from megalodon_mcore.parallel.sequence_shards import SequenceShards
-from megalodon_mcore.parallel.tensor_split import TensorSplit
 
 
-class MegalodonMixer(MegatronModule):
+class MegalodonMixer(PlacedModule):
     """The first half of a block, without its residual (m, z, q, k, v, r, a of examples/model.md).
 
     `linear_proj` is Wh1 and Wh2 side by side: one product of [m, a * r].
@@ -37,6 +36,8 @@ class MegalodonMixer(MegatronModule):
     A tensor-parallel rank runs CEMA on its channels of the whole (context-parallel share of the)
     sequence, attends with its heads or its value columns of one, and ends in one reduction.
     """
+
+    prefix = "mixer."
 
     def __init__(
         self,
@@ -47,14 +48,9 @@ class MegalodonMixer(MegatronModule):
         parallel: ModelParallel,
         device: torch.device,
     ) -> None:
-        super().__init__(config=config)
+        super().__init__(config, megalodon, pg_collection, parallel)
         hidden_size, eps = config.hidden_size, config.layernorm_epsilon
-        self.megalodon = megalodon
-        self.tp_group = pg_collection.tp
-        self.parallel = parallel
-        self.split = split = TensorSplit(
-            pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel
-        )
+        self.parallel, split = parallel, self.split
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -116,7 +112,7 @@ class MegalodonMixer(MegatronModule):
             tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
-        mark_parameters(self, "mixer.", megalodon, split)
+        self.mark_parameters()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[length, batch, hidden_size] to the update of the same shape.
@@ -169,19 +165,11 @@ class MegalodonMixer(MegatronModule):
         with random_states.for_own_part(self.split):
             return F.dropout(gated, self.megalodon.hidden_dropout, self.training)
 
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
-    ) -> dict:
-        """Megatron's entries, with the shares that its default does not know."""
-        split = self.split
-        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if split.shares_heads:
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict:
+        """As PlacedModule, with the share of a layer's extra state that Megatron does not know."""
+        sharded = super().sharded_state_dict(prefix, *args, **kwargs)
+        if self.split.shares_heads:
             # The layer takes itself for the only one of its kind.
             extra_state = sharded[f"{prefix}linear_z._extra_state"]
             extra_state.replica_id = sharded[f"{prefix}linear_v._extra_state"].replica_id
-        return sharded_by_table(
-            self, "mixer.", self.megalodon, split, sharded, sharded_offsets, metadata, prefix
-        )
+        return sharded

@@ -9,13 +9,17 @@ from __future__ import annotations
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.muon import Matrices
+from megalodon_mcore.parallel.model_parallel import ModelParallel
 from megalodon_mcore.parallel.shared_parameters import start_alike, sum_gradient_over
 from megalodon_mcore.parallel.tensor_split import TensorSplit
 from megalodon_mcore.parameters import Row, checkpoint_suffix, rows_by_parameter
@@ -24,93 +28,81 @@ Offsets = tuple[tuple[int, int, int], ...]
 """Megatron's sharded_offsets: (axis, place, places) of axes put before the tensor's own."""
 
 
-def mark_parameters(
-    module: nn.Module,
-    prefix: str,
-    config: MegalodonConfig,
-    split: TensorSplit,
-    symbol: str = "M",
-) -> None:
-    """Tells Megatron, Muon and autograd how ranks hold a module's parameters.
+class PlacedModule(MegatronModule):
+    """A part of a layer, whose parameters ranks hold and checkpoints have as the table says.
 
-    Args:
-        module: a part of a layer.
-        prefix: what the module's names have before them in the table.
-        config: of the model.
-        split: of the ranks that share the layer.
-        symbol: the layer's.
+    `prefix` is what its names have before them in the table, `symbol` that of its layers.
     """
-    for name, rows in rows_by_parameter(prefix, config, symbol).items():
-        parameter, row = module.get_parameter(name), rows[0]
-        shared = row.by_heads and split.shares_heads
-        if parameter.dim() == 2 and not row.float32 and (len(rows) > 1 or shared):
-            axis, parts = _parts(rows, config, split)
-            ranks_per_part = split.ranks_per_head if shared else 1
-            parameter.megalodon_matrices = Matrices(parts, axis, ranks_per_part)
-        if split.size == 1:
-            continue
-        if _is_ours(row, split):
-            # The gradient's norm adds parts up, and of those that several ranks have counts one.
-            parameter.tensor_model_parallel = not shared or split.rank_in_head == 0
-            parameter.partition_dim, parameter.partition_stride = row.tp, 1
-        if shared:
-            start_alike(parameter, split.head_group())
-        if row.gradient == "positions" and split.sequence_parallel:
-            # Megatron sums it over the ranks, once a step.
-            parameter.sequence_parallel = True
-        if row.gradient == "parts" and (shared or row.tp is None):
-            sum_gradient_over(parameter, split.head_group() if shared else split.group)
 
+    prefix: str
+    symbol = "M"
 
-def sharded_by_table(
-    module: nn.Module,
-    prefix: str,
-    config: MegalodonConfig,
-    split: TensorSplit,
-    sharded: dict,
-    offsets: Offsets,
-    metadata: dict | None,
-    key_prefix: str,
-    symbol: str = "M",
-) -> dict:
-    """Megatron's entries of a module's checkpoint, with those that its defaults get wrong replaced.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        megalodon: MegalodonConfig,
+        pg_collection: ProcessGroupCollection,
+        parallel: ModelParallel,
+    ) -> None:
+        super().__init__(config=config)
+        self.megalodon, self.tp_group = megalodon, pg_collection.tp
+        self.split = TensorSplit(pg_collection.tp, megalodon.num_heads, parallel.sequence_parallel)
 
-    Args:
-        module: as `mark_parameters` takes it, with prefix, config and split.
-        prefix: see module.
-        config: see module.
-        split: see module.
-        sharded: Megatron's entries.
-        offsets: Megatron's sharded_offsets.
-        metadata: Megatron's.
-        key_prefix: what keys have before the module's names.
-        symbol: the layer's.
-    """
-    group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
-    for name, rows in rows_by_parameter(prefix, config, symbol).items():
-        key, row = key_prefix + name, rows[0]
-        if row.part is not None and row.part.axis == 1:
-            _, columns = _parts(rows, config, split)
-            suffixes = [checkpoint_suffix(row) for row in rows]
-            sharded[key] = column_parts_factory(
-                sharded[key], columns, suffixes, split.rank, split.size, offsets
-            )
-        elif len(rows) > 1:
-            sharded[key] = apply_swiglu_sharded_factory(sharded[key], offsets)
-        elif _is_ours(row, split):
-            place, places, replica = split.rank, split.size, 0
-            if row.by_heads:
-                place, places = split.head_share, split.head_shares
-                replica = split.rank_in_head
-            sharded[key] = ShardedTensor.from_rank_offsets(
-                key,
-                module.get_parameter(name),
-                *offsets,
-                (row.tp + len(offsets), place, places),
-                replica_id=(0, replica, get_pg_rank(group)),
-                prepend_axis_num=len(offsets),
-            )
-    return sharded
+    def mark_parameters(self) -> None:
+        """Tells Megatron, Muon and autograd how ranks hold the parameters, once they are made."""
+        config, split = self.megalodon, self.split
+        for name, rows in rows_by_parameter(self.prefix, config, self.symbol).items():
+            parameter, row = self.get_parameter(name), rows[0]
+            shared = row.by_heads and split.shares_heads
+            if parameter.dim() == 2 and not row.float32 and (len(rows) > 1 or shared):
+                axis, parts = _parts(rows, config, split)
+                ranks_per_part = split.ranks_per_head if shared else 1
+                parameter.megalodon_matrices = Matrices(parts, axis, ranks_per_part)
+            if split.size == 1:
+                continue
+            if _is_ours(row, split):
+                # The gradient's norm adds parts up; of those that several ranks have one counts.
+                parameter.tensor_model_parallel = not shared or split.rank_in_head == 0
+                parameter.partition_dim, parameter.partition_stride = row.tp, 1
+            if shared:
+                start_alike(parameter, split.head_group())
+            if row.gradient == "positions" and split.sequence_parallel:
+                # Megatron sums it over the ranks, once a step.
+                parameter.sequence_parallel = True
+            if row.gradient == "parts" and (shared or row.tp is None):
+                sum_gradient_over(parameter, split.head_group() if shared else split.group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict | None = None
+    ) -> dict:
+        """Megatron's entries of a checkpoint, with those that its defaults get wrong replaced."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        config, split, offsets = self.megalodon, self.split, sharded_offsets
+        group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        for name, rows in rows_by_parameter(self.prefix, config, self.symbol).items():
+            key, row = prefix + name, rows[0]
+            if row.part is not None and row.part.axis == 1:
+                _, columns = _parts(rows, config, split)
+                suffixes = [checkpoint_suffix(row) for row in rows]
+                sharded[key] = column_parts_factory(
+                    sharded[key], columns, suffixes, split.rank, split.size, offsets
+                )
+            elif len(rows) > 1:
+                sharded[key] = apply_swiglu_sharded_factory(sharded[key], offsets)
+            elif _is_ours(row, split):
+                place, places, replica = split.rank, split.size, 0
+                if row.by_heads:
+                    place, places = split.head_share, split.head_shares
+                    replica = split.rank_in_head
+                sharded[key] = ShardedTensor.from_rank_offsets(
+                    key,
+                    self.get_parameter(name),
+                    *offsets,
+                    (row.tp + len(offsets), place, places),
+                    replica_id=(0, replica, get_pg_rank(group)),
+                    prepend_axis_num=len(offsets),
+                )
+        return sharded
 
 
 def _is_ours(row: Row, split: TensorSplit) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +77,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Leaves the folder to other processes."""
-        os.close(self._lock)
+        self._lock.close()
 
     def _reopen(self) -> None:
         from safetensors import safe_open

@@ -191,7 +191,7 @@ def test_one_evaluation_at_a_time_writes_a_folder(models, text, tmp_path, capsys
     (tmp_path / "out").mkdir()
     lock = lock_folder(tmp_path / "out", "--output")
     assert "in which another process is at work" in refused(capsys, *given)
-    os.close(lock)
+    lock.close()
     for _ in range(2):
         assert evaluate(*given) == 0
 
