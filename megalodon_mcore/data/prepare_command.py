@@ -5,24 +5,17 @@ import shlex
 import time
 from pathlib import Path
 
+from megalodon_mcore.data import sources
 from megalodon_mcore.data.encoders import BYTE
 from megalodon_mcore.data.metadata import metadata_path
 from megalodon_mcore.data.output_files import no_new_folder_on_failure
 from megalodon_mcore.data.prepare import BYTE_TOKENIZER_FOLDER, prepare_data
-from megalodon_mcore.data.sources import DEFAULT_SUFFIXES, DOCUMENT_RULES, PYTHON_STDLIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `prepare-data` to a parser."""
     add = parser.add_argument
-    add(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="text to read: text files; .jsonl, .json or .jsonl.gz files with one JSON object a "
-        f"line; folders of such files; or the word {PYTHON_STDLIB} for the source code of this "
-        "Python's standard library, about 10 MB to try things with",
-    )
+    sources.add_arguments(parser)
     add(
         "--output-prefix",
         required=True,
@@ -35,26 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="byte|PATH",
         help="byte (the default) makes every byte of the text a token and needs no training; or a "
         "Hugging Face tokenizer folder on this machine, or a SentencePiece .model file",
-    )
-    add(
-        "--documents",
-        choices=DOCUMENT_RULES,
-        default="file",
-        help="what one document is in a text file: the whole file (default), a paragraph (blank "
-        "lines between), or a line; JSON lines are always one document each",
-    )
-    add(
-        "--json-key",
-        default="text",
-        metavar="KEY",
-        help="the key that holds the text in JSON files (default: %(default)s)",
-    )
-    add(
-        "--suffixes",
-        nargs="+",
-        default=list(DEFAULT_SUFFIXES),
-        metavar="SUFFIX",
-        help=f"which files of a folder to read (default: {' '.join(DEFAULT_SUFFIXES)})",
     )
     add(
         "--split",
@@ -90,12 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end every document with the end-of-document token (on by default)",
-    )
-    add(
-        "--max-bytes",
-        type=int,
-        metavar="N",
-        help="read only the first N bytes of text",
     )
     add(
         "--workers",

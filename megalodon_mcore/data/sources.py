@@ -7,6 +7,7 @@ import os
 import re
 import sysconfig
 import zlib
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,40 @@ PYTHON_STDLIB = "python-stdlib"
 """The input name that stands for `python_stdlib_sources()`."""
 
 _BLOCK = 1 << 20
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments that say which text is read."""
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="text to read: text files; .jsonl, .json or .jsonl.gz files with one JSON object a "
+        f"line; folders of such files; or the word {PYTHON_STDLIB} for the source code of this "
+        "Python's standard library, about 10 MB to try things with",
+    )
+    add(
+        "--documents",
+        choices=DOCUMENT_RULES,
+        default="file",
+        help="what one document is in a text file: the whole file (default), a paragraph (blank "
+        "lines between), or a line; JSON lines are always one document each",
+    )
+    add(
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="the key that holds the text in JSON files (default: %(default)s)",
+    )
+    add(
+        "--suffixes",
+        nargs="+",
+        default=list(DEFAULT_SUFFIXES),
+        metavar="SUFFIX",
+        help=f"which files of a folder to read (default: {' '.join(DEFAULT_SUFFIXES)})",
+    )
+    add("--max-bytes", type=int, metavar="N", help="read only the first N bytes of text")
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,21 @@ def save_state(
             "The cache was fed nothing, or has had steps taken back since; feed it before it is "
             "saved."
         )
-    tensors = {"seen": cache.seen, "next_tokens": next_tokens.to(torch.int64)}
+    tensors = remembered(cache, model)
+    tensors["next_tokens"] = next_tokens.to("cpu", torch.int64).contiguous()
+    about = {"kind": KIND, "model": fingerprint(model), "content": tensor_digest(tensors)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+
+
+def remembered(cache: MegalodonCache, model: MegalodonForCausalLM) -> dict[str, Tensor]:
+    """Copies on the CPU of all that a cache needs to go on; nothing where it was fed nothing."""
+    if cache.seen is None:
+        return {}
+    tensors = {"seen": cache.seen}
     for layer, state in enumerate(cache.states):
         for name in ROWS & state.keys():
             tensors[f"{layer}.{name}"] = _reached(cache, model, layer, name)
-    tensors = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
-    about = {"kind": KIND, "model": fingerprint(model), "content": tensor_digest(tensors)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+    return {name: z.detach().to("cpu", copy=True).contiguous() for name, z in tensors.items()}
 
 
 def _reached(cache: MegalodonCache, model: MegalodonForCausalLM, layer: int, name: str) -> Tensor:
@@ -122,9 +130,21 @@ def load_state(
         ValueError: it is damaged, of something else, or of another model.
     """
     tensors = _read(path, model)
-    cache = MegalodonCache(model.config, is_compileable, max_length)
-    seen = tensors.pop("seen")
     next_tokens = tensors.pop("next_tokens").to(model.device)
+    return State(cache_with(model, tensors, is_compileable, max_length), next_tokens)
+
+
+def cache_with(
+    model: MegalodonForCausalLM,
+    tensors: dict[str, Tensor],
+    is_compileable: bool = False,
+    max_length: int | None = None,
+) -> MegalodonCache:
+    """A cache that goes on from what `remembered` returned, to the bit."""
+    cache = MegalodonCache(model.config, is_compileable, max_length)
+    if not tensors:
+        return cache
+    seen = tensors["seen"]
     with torch.no_grad():
         shape = (len(seen), 1, model.config.hidden_size)
         cache.allocate(model.model, torch.empty(shape, dtype=model.dtype, device=model.device))
@@ -132,12 +152,14 @@ def load_state(
         cache.seen.copy_(seen)
         for name, value in tensors.items():
             layer, _, kind = name.partition(".")
+            if not kind:
+                continue
             state = cache.states[int(layer)]
             if kind in ("keys", "values"):
                 state[kind][:, :, : value.shape[2]] = value
             else:
                 set_state(state, kind, value)
-    return State(cache, next_tokens)
+    return cache
 
 
 def _read(path: Path, model: MegalodonForCausalLM) -> dict[str, Tensor]:

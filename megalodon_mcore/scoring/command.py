@@ -6,7 +6,7 @@ import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from megalodon_mcore.data.sources import DEFAULT_SUFFIXES, DOCUMENT_RULES, PYTHON_STDLIB
+from megalodon_mcore.data import sources
 from megalodon_mcore.opened_checkpoint import add_checkpoint_arguments
 from megalodon_mcore.scoring.retrieval_tasks import TASKS
 from megalodon_mcore.scoring.windows import LONGER
@@ -16,29 +16,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds this command's arguments."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     text = kinds.add_parser("text", help="Loss, perplexity and bits per byte of text.")
-    text.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="What prepare-data reads: text files, .jsonl and .jsonl.gz files, folders of them, or "
-        f"the word {PYTHON_STDLIB}.",
-    )
+    sources.add_arguments(text)
     _add_model(text)
     _add_output(text)
-    text.add_argument(
-        "--documents",
-        choices=DOCUMENT_RULES,
-        default="file",
-        help="What a document is in a text file (%(default)s).",
-    )
-    text.add_argument("--json-key", default="text", help="Key of a JSON line's text (%(default)s).")
-    text.add_argument(
-        "--suffixes",
-        nargs="+",
-        default=list(DEFAULT_SUFFIXES),
-        help=f"Endings of files read in folders ({' '.join(DEFAULT_SUFFIXES)}).",
-    )
-    text.add_argument("--max-bytes", type=int, help="Read so many bytes of text (all).")
     text.add_argument(
         "--begin-token",
         type=int,

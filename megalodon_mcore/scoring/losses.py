@@ -78,39 +78,3 @@ def nats(logits: Tensor, targets: Tensor) -> np.ndarray:
         for own, target in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
     ]
     return torch.cat(parts).double().cpu().numpy()
-
-
-def cache_tensors(cache: MegalodonCache) -> dict[str, Tensor]:
-    """All that a cache remembers of its sequences, by name, copied to the CPU."""
-    from megalodon_mcore.hf.modeling_megalodon import ROWS as REMEMBERED
-
-    if cache.seen is None:
-        return {}
-    tensors = {
-        f"{number}.{name}": state[name]
-        for number, state in enumerate(cache.states)
-        for name in REMEMBERED & state.keys()
-    }
-    tensors |= {"seen": cache.seen, "columns": cache.columns}
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def restored_cache(model: PreTrainedModel, tensors: dict[str, Tensor]) -> MegalodonCache:
-    """The cache of one sequence that `cache_tensors` was given, to the bit."""
-    from megalodon_mcore.hf import MegalodonCache
-
-    cache = MegalodonCache(model.config)
-    if not tensors:
-        return cache
-    embedding = model.model.embed_tokens.weight
-    cache.allocate(model.model, embedding.new_zeros(1, 1, embedding.shape[1]))
-    for name, tensor in tensors.items():
-        number, _, own = name.rpartition(".")
-        if not number:
-            setattr(cache, own, tensor.to(model.device))
-        else:
-            state = cache.states[int(number)]
-            state[own] = tensor.to(state[own].device)
-    # Attention layers' slots in use; the tensors may have more.
-    cache.room = int(cache.columns) if cache.attention else 0
-    return cache

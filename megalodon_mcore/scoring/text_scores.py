@@ -7,13 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from megalodon_mcore.hf.state_file import cache_with, remembered
 from megalodon_mcore.scoring.causal_models import CausalModel
-from megalodon_mcore.scoring.losses import (
-    batch_losses,
-    cache_tensors,
-    piece_losses,
-    restored_cache,
-)
+from megalodon_mcore.scoring.losses import batch_losses, piece_losses
 from megalodon_mcore.scoring.position_bins import PositionBins, scores
 from megalodon_mcore.scoring.run_folder import RunFolder
 from megalodon_mcore.scoring.windows import Window, batches
@@ -60,7 +56,7 @@ class TextScores:
         self.after: tuple[int, int, str] = tuple(held.get("after", (0, 0, "")))
         # The token that the model has not read yet, though it is the stream's last.
         self.last: int | None = held.get("last")
-        self.cache = restored_cache(causal.model, folder.arrays) if causal.streams else None
+        self.cache = cache_with(causal.model, folder.arrays) if causal.streams else None
 
     def run(self, found: Iterator[Window]) -> None:
         """Scores the windows that `after` leaves.
@@ -100,7 +96,7 @@ class TextScores:
         if window.document == self.after[0] and self.after[1] > window.first:
             start = self.after[1] - window.first + lead
         elif not self.carry:
-            self.cache = restored_cache(self.causal.model, {})
+            self.cache = cache_with(self.causal.model, {})
         size = self.tokens_per_step
         for begin in range(start, len(row) - 1, size):
             losses = piece_losses(self.causal.model, self.cache, row[begin : begin + size + 1])
@@ -149,7 +145,7 @@ class TextScores:
             "after": self.after,
             "last": self.last,
         }
-        self.folder.save(state, {} if self.cache is None else cache_tensors(self.cache))
+        self.folder.save(state, remembered(self.cache, self.causal.model) if self.cache else {})
 
     def results(self) -> dict[str, Any]:
         """The scores of everything, of position bins and of documents."""

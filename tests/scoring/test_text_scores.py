@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf.hf_models import random_model
 from megalodon_mcore.data.byte_tokenizer import encode_bytes
+from megalodon_mcore.hf.state_file import cache_with, remembered
 from megalodon_mcore.scoring import text_scores
-from megalodon_mcore.scoring.losses import cache_tensors, piece_losses, restored_cache
+from megalodon_mcore.scoring.losses import piece_losses
 from megalodon_mcore.scoring.position_bins import PositionBins
 from scoring.scored_models import BEGIN, CONTEXT, build, evaluate_text, results, save, text_of
 
@@ -217,12 +218,12 @@ class Largest(TorchDispatchMode):
 def test_memory_does_not_grow_with_the_document():
     """From 4k to 64k tokens: neither what is remembered nor the largest tensor of a piece."""
     model = random_model(vocab_size=257, chunk_size=64, piece_length=1024)
-    cache, seen, tokens = restored_cache(model, {}), {}, np.full(1025, 97)
+    cache, seen, tokens = cache_with(model, {}), {}, np.full(1025, 97)
     for step in range(1, 65):
         with Largest() if step in (4, 64) else nullcontext() as largest:
             piece_losses(model, cache, tokens)
         if largest:
-            held = sum(tensor.numel() for tensor in cache_tensors(cache).values())
+            held = sum(tensor.numel() for tensor in remembered(cache, model).values())
             seen[step] = (held, largest.elements)
     assert seen[4] == seen[64]
     assert int(cache.seen) == 64 * 1024
