@@ -102,7 +102,8 @@ HONOURED_BESIDE = {
         moe_router_bias_update_rate moe_router_dtype moe_router_num_groups moe_router_group_topk
         moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy
         moe_input_jitter_eps moe_per_layer_logging moe_layer_recompute
-        moe_router_force_load_balancing
+        moe_router_force_load_balancing moe_router_topk_limited_devices moe_token_dropping
+        moe_grad_scale_func
     """,
     "X": "moe_layer_freq",
     "/": "mtp_num_layers mtp_loss_scaling_factor mtp_use_repeated_layer mtp_detach_heads",

@@ -76,6 +76,9 @@ def run(args: Namespace) -> int:
         target = folder / source.name
         shutil.copytree(source, target)
         with contextlib.closing(TorchDistWriter(target, DATA, reader.metadata)) as writer:
+            # The file may be there, of an earlier conversion.
+            for index in [z for z, place in reader.places.items() if place.relative_path == DATA]:
+                del reader.places[index], reader.entries[index.fqn]
             # An object is one of a list, like every part that is saved by ranks.
             if (target / "common.pt").is_file():
                 torch.save(common, target / "common.pt")

@@ -156,6 +156,8 @@ def cache_with(
                 continue
             state = cache.states[int(layer)]
             if kind in ("keys", "values"):
+                # Of more slots than are in use the others hold nothing.
+                value = value[:, :, : state[kind].shape[2]]
                 state[kind][:, :, : value.shape[2]] = value
             else:
                 set_state(state, kind, value)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf.hf_models import random_model
@@ -266,3 +267,18 @@ def test_every_kind_of_file_is_read_as_documents(folders, tmp_path):
     names = [own["origin"].rpartition("/")[2] for own in found["documents"]]
     assert names == ["a.txt", "b.jsonl:1", "b.jsonl:2"]
     assert results(tmp_path / "out") == found
+
+
+def test_slots_that_nothing_is_in_are_no_part_of_a_state():
+    """An earlier version wrote those of attention layers too."""
+    model = build("mixed")
+    cache = cache_with(model, {})
+    piece_losses(model, cache, np.arange(12))
+    held = remembered(cache, model)
+    roomy = {
+        name: F.pad(z, (0, 0, 0, 5)) if name.endswith(("keys", "values")) else z
+        for name, z in held.items()
+    }
+    assert sum(z.numel() for z in roomy.values()) > sum(z.numel() for z in held.values())
+    found = [piece_losses(model, cache_with(model, z), np.arange(9)) for z in (held, roomy)]
+    assert np.array_equal(*found)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalodon_mcore.__main__ import main
+from megalodon_mcore.conversion.torch_dist_reader import TorchDistReader
 from training.runs import MODEL, PRETRAIN, TINY, launch, save_to, side_by_side, train
 from training.test_layouts import greedy
 from training.test_packed_data import PADDING, TENSOR, assert_same
@@ -161,6 +162,13 @@ def test_blocks_alone_train_as_a_gpt_to_the_bit(tmp_path):
     for name, source in (("hybrid", "gpt"), ("gpt", "hybrid")):
         arguments = ["container", "--to", name, str(folders[source]), str(tmp_path / f"to {name}")]
         assert main(arguments) == 0
+    back = tmp_path / "back"
+    assert main(["container", "--to", "gpt", str(tmp_path / "to hybrid"), str(back)]) == 0
+    first, last = (TorchDistReader(z / "iter_0000003") for z in (folders["gpt"], back))
+    assert last.entries.keys() == first.entries.keys()
+    for place in last.places.values():
+        file = last.folder / place.relative_path
+        assert place.offset + place.length <= file.stat().st_size
     rest, *others = side_by_side(
         lambda: run("gpt", "--load", str(folders["gpt"])),
         lambda: run("gpt", "--load", str(tmp_path / "to gpt")),
