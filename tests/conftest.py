@@ -4,13 +4,16 @@ import os
 import sys
 from pathlib import Path
 
+# OpenMP reads it when torch comes. Of pytest -n each process has a core, whatever the first one,
+# whose environment they get, has set.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-# Of pytest -n each process has a core; else the one has two.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
