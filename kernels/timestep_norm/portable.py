@@ -5,7 +5,6 @@ running sums are taken about a shift near the segment's data, so neither the len
 costs digits.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from ..types import compute_dtype
 from .autograd import Path
 
 # Steps that torch sums up at once, column by column: so few that they stay in a cache.
-STEPS = 64
+STEPS = 32
 
 
 def _forward(
@@ -38,7 +37,7 @@ def _forward(
     if var_in is not None:
         before = tables.position * var_in.double()
         sums[(*tables.first, 1)] += before.where(tables.position > 0, 0.0)
-    _run(sums, tables.blocks)
+    _run(sums, tables.pieces)
     y, mean, var = _normalized(x, sums, shift[tables.owner], tables.count, weight, bias, eps)
     return y, mean, var, mean[tables.last].to(var.dtype), var[tables.last]
 
@@ -69,7 +68,7 @@ def _backward(
     v = grad_var.double() / tables.end
     a = grad_mean.double() / tables.end - 2 * (mean[tables.last] - shift) * v
     terms[tables.last_backwards] += torch.stack((a, v), 1)
-    _run(terms, tables.blocks_backwards)
+    _run(terms, tables.pieces_backwards)
     grad_x = _input_gradient(x, grad_y, mean, var, shifts, terms, weight, eps)
     before = tables.position[:, None] * terms[tables.first_backwards]
     before = before.where(tables.position[:, None] > 0, 0.0).to(var.dtype)
@@ -79,8 +78,8 @@ def _backward(
 class _Tables(NamedTuple):
     """Where the segments are, as the functions below index by it.
 
-    blocks: (steps, rows, whether a sum goes on there) of what is summed up at once. *_backwards are
-    in tensors whose last step comes first.
+    pieces: steps and rows of each segment, or of all. *_backwards are in tensors whose last step
+    comes first.
     """
 
     owner: Tensor
@@ -91,8 +90,8 @@ class _Tables(NamedTuple):
     last: tuple[Tensor, Tensor]
     first_backwards: tuple[Tensor, Tensor]
     last_backwards: tuple[Tensor, Tensor]
-    blocks: list[tuple[slice, slice, bool]]
-    blocks_backwards: list[tuple[slice, slice, bool]]
+    pieces: list[tuple[slice, slice]]
+    pieces_backwards: list[tuple[slice, slice]]
 
     @classmethod
     def of(cls, segments: Segments, device: torch.device) -> "_Tables":
@@ -108,7 +107,6 @@ class _Tables(NamedTuple):
             owner, count = owner[:1], count[:, :1]
         last, end = start + length - 1, segments.length - 1
         pieces = _pieces(segments)
-        back = [(slice(end + 1 - s.stop, end + 1 - s.start), rows) for s, rows in pieces]
         return cls(
             owner,
             count[..., None].double(),
@@ -118,8 +116,8 @@ class _Tables(NamedTuple):
             (last, row),
             (end - start, row),
             (end - last, row),
-            list(_blocks(pieces)),
-            list(_blocks(back)),
+            pieces,
+            [(slice(end + 1 - s.stop, end + 1 - s.start), rows) for s, rows in pieces],
         )
 
 
@@ -130,19 +128,17 @@ def _pieces(segments: Segments) -> list[tuple[slice, slice]]:
     return [(segment.steps, slice(segment.row, segment.row + 1)) for segment in segments]
 
 
-def _blocks(pieces: list[tuple[slice, slice]]) -> Iterator[tuple[slice, slice, bool]]:
-    for steps, rows in pieces:
-        for start in range(steps.start, steps.stop, STEPS):
-            stop = min(start + STEPS, steps.stop)
-            yield slice(start, stop), rows, start > steps.start
-
-
-def _run(z: Tensor, blocks: list[tuple[slice, slice, bool]]) -> None:
+def _run(z: Tensor, pieces: list[tuple[slice, slice]]) -> None:
     """Sums of each segment's steps up to each step, in place of z [length, batch, ...]."""
-    for steps, rows, goes_on in blocks:
-        if goes_on:
-            z[steps.start, rows] += z[steps.start - 1, rows]
-        z[steps, rows].cumsum_(0)
+    for steps, rows in pieces:
+        part = z[steps, rows]
+        whole = len(part) - len(part) % STEPS
+        part[whole:].cumsum_(0)
+        if whole:
+            blocks = part[:whole].unflatten(0, (-1, STEPS))
+            blocks.cumsum_(1)
+            blocks[1:] += blocks[:-1, -1].cumsum(0)[:, None]
+            part[whole:] += part[whole - 1]
 
 
 def _shift(first: Tensor, mean_in: Tensor | None, tables: _Tables) -> Tensor:
