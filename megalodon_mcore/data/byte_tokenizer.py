@@ -43,6 +43,7 @@ def write_byte_tokenizer(folder: str | os.PathLike) -> Path:
             with new_folder(folder, None, overwrite=False) as temporary:
                 for name, content in _files().items():
                     write_object(temporary / name, content)
+            return folder
         except OSError:  # of another process that wrote it first
             if not folder.exists():
                 raise

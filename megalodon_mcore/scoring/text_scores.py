@@ -145,7 +145,8 @@ class TextScores:
             "after": self.after,
             "last": self.last,
         }
-        self.folder.save(state, remembered(self.cache, self.causal.model) if self.cache else {})
+        held = {} if self.cache is None else remembered(self.cache, self.causal.model)
+        self.folder.save(state, held)
 
     def results(self) -> dict[str, Any]:
         """The scores of everything, of position bins and of documents."""
