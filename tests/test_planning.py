@@ -15,7 +15,7 @@ from megalodon_mcore.config import MegalodonConfig
 from megalodon_mcore.describe import growing_bytes, streaming_bytes
 from megalodon_mcore.hf import MegalodonConfig as HuggingFaceConfig
 from megalodon_mcore.hf import MegalodonForCausalLM
-from megalodon_mcore.hf.modeling_megalodon import ROWS
+from megalodon_mcore.hf.cache_megalodon import ROWS
 from megalodon_mcore.planning.layout import ParallelLayout
 from megalodon_mcore.planning.measure import (
     SentBytes,

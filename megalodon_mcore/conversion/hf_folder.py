@@ -24,7 +24,8 @@ from megalodon_mcore.conversion.tokenizers import (
 )
 from megalodon_mcore.parameters import Parameter, parameters
 
-CODE = ("configuration_megalodon.py", "layers_megalodon.py", "modeling_megalodon.py")
+HUGGING_FACE = Path(megalodon_mcore.__file__).parent / "hf"
+CODE = sorted(path.name for path in HUGGING_FACE.glob("*_megalodon.py"))
 AUTO_MAP = {
     "AutoConfig": "configuration_megalodon.MegalodonConfig",
     "AutoModel": "modeling_megalodon.MegalodonModel",
@@ -103,7 +104,7 @@ def write_hf(
     write_object(folder / "config.json", _configuration(model, dtype))
     write_object(folder / "generation_config.json", _generation(model))
     for name in CODE:
-        shutil.copyfile(Path(megalodon_mcore.__file__).parent / "hf" / name, folder / name)
+        shutil.copyfile(HUGGING_FACE / name, folder / name)
     if model.tokenizer:
         copy_tokenizer(model.tokenizer, folder)
         pad_on_the_left(folder)

@@ -1,11 +1,8 @@
-"""The stand-alone Hugging Face model; its three files are copied into every export."""
+"""The stand-alone Hugging Face model; its files *_megalodon.py are copied into every export."""
 
+from megalodon_mcore.hf.cache_megalodon import MegalodonCache
 from megalodon_mcore.hf.configuration_megalodon import MegalodonConfig
-from megalodon_mcore.hf.modeling_megalodon import (
-    MegalodonCache,
-    MegalodonForCausalLM,
-    MegalodonModel,
-)
+from megalodon_mcore.hf.modeling_megalodon import MegalodonForCausalLM, MegalodonModel
 
 # So that save_pretrained writes the files beside the weights.
 MegalodonConfig.register_for_auto_class()

@@ -1,4 +1,4 @@
-"""What layers beside Megalodon blocks compute: attention, an MLP and experts; needs torch alone.
+"""What layers beside Megalodon blocks compute: attention, an MLP and experts.
 
 D is hidden_size, H the attention heads, G their groups of keys and values, W a head's width. A
 model's `layer_symbols` has `*` for attention over the whole document, `-` for an MLP, `E` for
@@ -15,17 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cache_megalodon import in_place
+
 if TYPE_CHECKING:
     from .configuration_megalodon import MegalodonConfig
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def in_place(tensor: Tensor) -> bool:
-    """Whether a tensor of a cache may be written to, since no gradients go through it."""
-    return not torch.is_grad_enabled() and not tensor.requires_grad
 
 
 def never_narrow(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -115,6 +112,11 @@ class DocumentAttention(nn.Module):
         columns = (self.heads + 2 * self.groups) * self.width
         self.qkv = nn.Linear(config.hidden_size, columns, bias=config.qkv_bias)
         self.proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=config.linear_bias)
+
+    def new_state(self, rows: Tensor, dtype: torch.dtype, room: int) -> dict[str, Tensor]:
+        """Of a batch such as `rows` [batch, ...], which has read nothing: slots of `room` steps."""
+        shape = (len(rows), self.groups, room, self.width)
+        return {name: rows.new_zeros(shape, dtype=dtype) for name in ("keys", "values")}
 
     def forward(self, u: Tensor, place: Place, state: dict | None) -> Tensor:
         """[batch, length, D] to the same; the state's keys and values get the piece's."""
@@ -276,6 +278,18 @@ class Experts(nn.Module):
 
 def _expert(u: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(u, w1)) * F.linear(u, w3), w2)
+
+
+def experts_of(config: MegalodonConfig) -> tuple[Experts, SharedExpert | None]:
+    """A layer's experts, and the one for every token where there is one."""
+    shared = config.shared_expert_intermediate_size
+    return Experts(config), SharedExpert(config) if shared else None
+
+
+def mixture(layer: nn.Module, u: Tensor) -> Tensor:
+    """A layer's experts of [batch, length, D], shared or not."""
+    output = layer.experts(u)
+    return output if layer.shared_expert is None else output + layer.shared_expert(u)
 
 
 def projections(module: nn.Module) -> list[tuple[Tensor, int, int]]:

@@ -15,13 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalodon_mcore.hf.cache_megalodon import ROWS, MegalodonCache, set_state
 from megalodon_mcore.hf.configuration_megalodon import MegalodonConfig
-from megalodon_mcore.hf.modeling_megalodon import (
-    ROWS,
-    MegalodonCache,
-    MegalodonForCausalLM,
-    set_state,
-)
+from megalodon_mcore.hf.modeling_megalodon import MegalodonForCausalLM
 from megalodon_mcore.tensor_digest import tensor_digest
 from megalodon_mcore.whole_file import write_whole
 

@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from megalodon_mcore.hf.modeling_megalodon import Span, make_span
+from megalodon_mcore.hf.block_megalodon import Span, make_span
 from megalodon_mcore.kernels.segments import Segment, Segments, numbered
 
 if TYPE_CHECKING:

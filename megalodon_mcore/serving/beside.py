@@ -16,6 +16,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
+from megalodon_mcore.hf.block_megalodon import LayerNorm, Rescale, RMSNorm
 from megalodon_mcore.hf.layers_megalodon import (
     Experts,
     Place,
@@ -23,9 +24,8 @@ from megalodon_mcore.hf.layers_megalodon import (
     make_place,
     rotate_halves,
 )
-from megalodon_mcore.hf.modeling_megalodon import LayerNorm, Rescale, RMSNorm
-from megalodon_mcore.hf.modeling_megalodon import experts_of as experts_of_config
-from megalodon_mcore.hf.modeling_megalodon import mixture as mixture_of
+from megalodon_mcore.hf.layers_megalodon import experts_of as experts_of_config
+from megalodon_mcore.hf.layers_megalodon import mixture as mixture_of
 from megalodon_mcore.kernels.gates import gated_silu
 
 if TYPE_CHECKING:

@@ -21,14 +21,14 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from megalodon_mcore.hf.layers_megalodon import Place
-from megalodon_mcore.hf.modeling_megalodon import (
+from megalodon_mcore.hf.block_megalodon import (
     ComplexEMA,
     LayerNorm,
     QueryKey,
     RMSNorm,
     TimestepNorm,
 )
+from megalodon_mcore.hf.layers_megalodon import Place
 from megalodon_mcore.kernels.cema import cema
 from megalodon_mcore.kernels.chunked_attention import AttentionState, chunked_attention
 from megalodon_mcore.kernels.gates import gated_silu

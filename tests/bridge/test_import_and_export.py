@@ -13,7 +13,7 @@ from conversion.conversion_samples import (
     hf_tensors,
 )
 from hf.mixed_models import build_mixed
-from megalodon_mcore.conversion.hf_folder import open_hf
+from megalodon_mcore.conversion.hf_folder import CODE, open_hf
 from megalodon_mcore.data.byte_tokenizer import write_byte_tokenizer
 from training.runs import launch
 
@@ -64,7 +64,7 @@ def test_an_export_comes_in_as_converted_and_goes_out_as_it_was(case, tmp_path):
     assert run.returncode == 0, run.stdout[-6000:]
     assert_same_tensors(hf_tensors(result), hf_tensors(export))
     assert open_hf(result).config == open_hf(export).config
-    for file in ("modeling_megalodon.py", "configuration_megalodon.py"):
+    for file in CODE:
         assert (result / file).read_bytes() == (export / file).read_bytes()
 
 

@@ -14,14 +14,14 @@ from megalodon_mcore.kernels.timestep_norm import timestep_norm_naive
 import straight_line
 from comparing import error
 from megalodon_mcore.config import config_from
-from megalodon_mcore.hf import modeling_megalodon as modeling
+from megalodon_mcore.hf import block_megalodon
 
 
 def whole_span(model, like, cached):
     """The span of sequences that start here, for the model's own operators."""
     seen = torch.zeros(len(like), dtype=torch.int64)
-    with mock.patch.object(modeling, "kernels", None):
-        return modeling.make_span(model.config, seen, None, like, cached, [0] * len(like))
+    with mock.patch.object(block_megalodon, "kernels", None):
+        return block_megalodon.make_span(model.config, seen, None, like, cached, [0] * len(like))
 
 
 def by_equations(model, tokens, upstream):

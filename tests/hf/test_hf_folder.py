@@ -52,7 +52,8 @@ with torch.no_grad():
 print(json.dumps(report))
 """
 FLOAT32 = ("cema", "norm", "query_key", "rescale", "router_bias")
-CODE = ("configuration_megalodon.py", "layers_megalodon.py", "modeling_megalodon.py")
+PARTS = ("block", "cache", "configuration", "layers", "modeling", "packing")
+CODE = tuple(f"{part}_megalodon.py" for part in PARTS)
 
 
 def load_elsewhere(folder, tmp_path, device_map="none"):

@@ -5,7 +5,7 @@ import torch
 from hf_models import SHAPES, build
 
 from comparing import error
-from megalodon_mcore.hf import modeling_megalodon as modeling
+from megalodon_mcore.hf import block_megalodon
 
 ROWS = ("mean", "var", "cema", "keys", "values")
 
@@ -22,7 +22,7 @@ def both_ways(monkeypatch):
             ("query_key", "query_key"),
             ("chunked_attention", "chunked_attention"),
         ):
-            module = getattr(modeling.kernels, name)
+            module = getattr(block_megalodon.kernels, name)
             whole = getattr(module, operator)
 
             def counted(*args, whole=whole, name=name, **options):
@@ -32,7 +32,7 @@ def both_ways(monkeypatch):
             monkeypatch.setattr(module, operator, counted)
         ours = function()
         count = len(calls)
-        monkeypatch.setattr(modeling, "kernels", None)
+        monkeypatch.setattr(block_megalodon, "kernels", None)
         own = function()
         assert count and len(calls) == count
         return ours, own, calls

@@ -7,7 +7,7 @@ import torch
 from hf_models import SHAPES, build
 
 from comparing import error
-from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM, modeling_megalodon
+from megalodon_mcore.hf import MegalodonConfig, MegalodonForCausalLM, block_megalodon
 
 # transformers 5.23 has a newer name for gradient checkpointing, which 5.12 lacks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -119,7 +119,7 @@ def test_each_dropout_is_where_the_equations_have_it(monkeypatch):
         seen.append(("attention", dropout_p))
         return attention(*arguments, dropout_p=0.0, **options)
 
-    monkeypatch.setattr(modeling_megalodon, "kernels", None)
+    monkeypatch.setattr(block_megalodon, "kernels", None)
     monkeypatch.setattr(functional, "dropout", dropout)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", scaled_dot_product_attention)
     model = build(dropout=0.1, hidden_dropout=0.2, attention_dropout=0.3).train()
