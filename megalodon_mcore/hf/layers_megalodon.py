@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,8 @@ class DocumentAttention(nn.Module):
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
-        self.heads, self.groups = config.attention_heads, config.num_key_value_heads
-        self.width, self.dropout = config.head_dim, config.attention_dropout
+        self.heads, self.groups = config.attention_heads, cast(int, config.num_key_value_heads)
+        self.width, self.dropout = cast(int, config.head_dim), config.attention_dropout
         columns = (self.heads + 2 * self.groups) * self.width
         self.qkv = nn.Linear(config.hidden_size, columns, bias=config.qkv_bias)
         self.proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=config.linear_bias)
