@@ -90,8 +90,10 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
+        if not kwargs and (func is not torch.Tensor.to or len(args) < 2):
+            return func(*args)
         kwargs = dict(kwargs or {})
-        if func is torch.device or (not kwargs and len(args) < 2):
+        if func is torch.device:
             return func(*args, **kwargs)
         if func is torch.Tensor.to:
             target = args[1] if len(args) > 1 else kwargs.get("device")

@@ -164,8 +164,8 @@ def _reasons(table: dict[str, str]) -> dict[str, str]:
 
 def reason_in(refused: dict[str, str], name: str) -> str | None:
     """The words for a name in one of these tables; None where it is not refused."""
-    begun = (z for z in refused if z.endswith("*") and name.startswith(z[:-1]))
-    return refused.get(name) or refused.get(next(begun, ""))
+    families = (f"{name[:end]}*" for end in range(len(name) + 1))
+    return next((refused[z] for z in (name, *families) if z in refused), None)
 
 
 ALSO_ACCEPTED = {"normalization": ("RMSNorm",)}

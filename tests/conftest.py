@@ -4,10 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-# OpenMP reads it when torch comes. Of pytest -n each process has a core, whatever the first one,
-# whose environment they get, has set.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
@@ -15,6 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_configure(config):
+    """Gives each process of `pytest -n` one thread, as there are more of them than cores.
+
+    They get this process's environment, which numpy reads before this file and torch after it.
+    """
+    if getattr(config.option, "numprocesses", None):
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

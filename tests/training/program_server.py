@@ -6,6 +6,7 @@ and test_quickstart.py.
 """
 
 import argparse
+import ast
 import atexit
 import functools
 import gc
@@ -20,8 +21,10 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 from training.reserved_port import reserved_port
 
@@ -149,6 +152,7 @@ def serve() -> None:
     for module in IMPORTED_LATER:
         importlib.import_module(module)
     _remember_sources()
+    _lighten()
     gc.freeze()
     running: dict[int, str] = {}
     # Without a buffer, in which select would not see a line.
@@ -174,10 +178,25 @@ def serve() -> None:
 
 def _remember_sources() -> None:
     """Megatron parses its own source for the help of its arguments, whenever it makes a parser."""
+    from megatron.training import argument_utils
     from megatron.training.arguments import add_megatron_arguments
 
     inspect.getsource = functools.cache(inspect.getsource)
+    argument_utils.ast = SimpleNamespace(**vars(ast) | {"parse": functools.cache(ast.parse)})
     add_megatron_arguments(argparse.ArgumentParser())
+
+
+def _lighten() -> None:
+    """Spares a run what takes as long as a step and says nothing of it."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+    from torch import library
+
+    # It would shuffle millions of samples, of which runs take some dozen.
+    MockGPTLowLevelDataset.size = 100
+    # Torch takes its operators back one by one before a process ends.
+    for finalizer in list(weakref.finalize._registry):
+        if finalizer.peek()[1] is library._del_library:
+            finalizer.atexit = False
 
 
 def _write(path: str, text: str) -> None:
