@@ -26,7 +26,7 @@ def cuda() -> Iterator[None]:
         yield
 
 
-def launch(*arguments: str, torchrun: int = 0, timeout: int = 60, **env: str):
+def launch(*arguments: str, torchrun: int = 0, timeout: int = 300, **env: str):
     """Runs `-m megalodon_mcore.cpu` with the arguments, under torchrun where it says how many."""
     command = [sys.executable, "-m"]
     if torchrun:
@@ -301,7 +301,6 @@ def test_trains_with_the_unmodified_script():
         str(Path(checkout) / "pretrain_gpt.py"),
         *TINY_GPT,
         torchrun=2,
-        timeout=300,
         PYTHONPATH=checkout,
         CUDA_DEVICE_MAX_CONNECTIONS="1",
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -58,7 +58,7 @@ def run(folder, *command, **environment):
         ["bash", str(SCRIPTS / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={
             **inherited,
             "PATH": f"{folder / 'bin'}{os.pathsep}{inherited['PATH']}",
