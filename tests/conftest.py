@@ -14,7 +14,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_configure(config):
-    """Gives each process of `pytest -n` one thread, as there are more of them than cores.
+    """Gives each process of `pytest -n` one thread: together they fill the cores.
 
     They get this process's environment, which numpy reads before this file and torch after it.
     """

@@ -26,7 +26,7 @@ def cuda() -> Iterator[None]:
         yield
 
 
-def launch(*arguments: str, torchrun: int = 0, timeout: int = 300, **env: str):
+def launch(*arguments: str, torchrun: int = 0, **env: str):
     """Runs `-m megalodon_mcore.cpu` with the arguments, under torchrun where it says how many."""
     command = [sys.executable, "-m"]
     if torchrun:
@@ -35,7 +35,7 @@ def launch(*arguments: str, torchrun: int = 0, timeout: int = 300, **env: str):
         [*command, "megalodon_mcore.cpu", *arguments],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
 

@@ -30,16 +30,13 @@ def test_an_exported_model_takes_any_length(kind):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize(("kind", "dynamic"), [("blocks", None), ("mixed", True)])
-def test_a_compiled_model_has_one_graph(kind, dynamic, use_cache):
-    """Of any length at once, or first of one and then of any.
-
-    Traced a second time, for aot_eager, where a cache is written to, or gradients are wanted.
-    """
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_compiled_model_has_one_graph(kind, use_cache):
+    """Traced a second time, for aot_eager, where a cache is written to, or gradients are wanted."""
     torch._dynamo.reset()
     model = MODELS[kind]()
     backend = "aot_eager" if use_cache else "eager"
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         for length in LENGTHS:
             tokens = torch.randint(64, (2, length + 1))
@@ -65,8 +62,9 @@ def test_a_compiled_model_takes_padding_without_a_cache():
             assert error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("make", [build, build_mixed])
-def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(make):
+def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(make, backend):
     """Rows of unequal lengths, over several chunks of 8, by one graph that never changes."""
     torch._dynamo.reset()
     model = make()
@@ -78,7 +76,7 @@ def test_a_decoding_step_is_one_graph_without_a_look_at_the_host(make):
         targets = {str(node.target) for node in graph.graph.nodes}
         assert not targets & {"item", "cpu", "tolist", "numpy"}
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
     compiled = torch.compile(model, fullgraph=True, backend=count)
     with torch.no_grad():
