@@ -33,7 +33,7 @@ SECONDS_TO_DIE = 10
 class Pool:
     """Starts workers when they are first needed; `stop` ends them."""
 
-    def __init__(self, timeout: float = 120) -> None:
+    def __init__(self, timeout: float = 600) -> None:
         self.timeout = timeout
         self._workers: list[_Worker] = []
         self._store: dist.TCPStore | None = None

@@ -190,15 +190,20 @@ def _remember_sources() -> None:
 
 def _lighten() -> None:
     """Spares a run what takes as long as a step and says nothing of it."""
-    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
     from torch import library
 
-    # It would shuffle millions of samples, of which runs take some dozen.
-    MockGPTLowLevelDataset.size = 100
+    shorten_mock_data()
     # Torch takes its operators back one by one before a process ends.
     for finalizer in list(weakref.finalize._registry):
         if finalizer.peek()[1] is library._del_library:
             finalizer.atexit = False
+
+
+def shorten_mock_data() -> None:
+    """Megatron would shuffle millions of samples, of which runs take some dozen."""
+    from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
+
+    MockGPTLowLevelDataset.size = 100
 
 
 def _write(path: str, text: str) -> None:

@@ -9,20 +9,23 @@ import time
 import psutil
 import pytest
 
-from training.runs import (
-    DROPOUT,
-    PRETRAIN,
-    RENDEZVOUS,
-    TINY,
-    side_by_side,
-    train,
-)
+from training.program_server import TESTS
+from training.runs import DROPOUT, RENDEZVOUS, TINY, train
+
+PROGRAM = """
+import sys
+from training.program_server import shorten_mock_data
+from megalodon_mcore.__main__ import main
+shorten_mock_data()
+sys.exit(main(["pretrain", *sys.argv[1:]]))
+"""
+"""`megalodon-mcore pretrain` with the data of `train`'s runs."""
 
 KILLS = {"asynchronous, one worker": 2, "asynchronous, a worker a save": 1, "synchronous": 1}
 SECONDS_TO_END = 60
 """What a child gets on a machine that has much else to do."""
 TRACKER = "latest_checkpointed_iteration.txt"
-ITERATIONS = ("--train-iters", "60", "--num-workers", "2")
+COMMON = (*TINY, *DROPOUT, "--train-iters", "60", "--num-workers", "2")
 ASYNC = ("--async-save", "--async-strategy", "mcore")
 SAVING = {
     "asynchronous, one worker": (*ASYNC, "--use-persistent-ckpt-worker"),
@@ -44,9 +47,10 @@ def kill_while_training(save, arguments, moments):
     """
     before = newest(save)
     environment = {k: v for k, v in os.environ.items() if k not in RENDEZVOUS}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with (save.parent / "log.txt").open("a") as log:
-        command = [sys.executable, *PRETRAIN, *arguments]
+        command = [sys.executable, "-c", PROGRAM, *arguments]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         while newest(save) == before:
@@ -74,25 +78,24 @@ def alive(process):
         return False
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nobody kills."""
+    return train(tmp_path_factory.mktemp("whole"), *COMMON)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "one" in name else slow) for name in SAVING]
 )
-def test_the_newest_checkpoint_loads_and_no_child_is_left(tmp_path, name):
+def test_the_newest_checkpoint_loads_and_no_child_is_left(tmp_path, whole, name):
     moments = random.Random(name)
     save = tmp_path / "checkpoint"
-    common = (*TINY, *DROPOUT, *ITERATIONS)
-    saving = (*common, *SAVING[name], "--save", str(save), "--save-interval", "1")
+    saving = (*COMMON, *SAVING[name], "--save", str(save), "--save-interval", "1")
     saving = (*saving, "--load", str(save), "--save-retain-interval", "1000")
-
-    def killed_and_resumed():
-        for _ in range(KILLS[name]):
-            assert kill_while_training(save, saving, moments) == []
-        last = newest(save)
-        return last, train(tmp_path / "resumed", *saving)
-
-    whole, (last, resumed) = side_by_side(
-        lambda: train(tmp_path / "whole", *common), killed_and_resumed
-    )
+    for _ in range(KILLS[name]):
+        assert kill_while_training(save, saving, moments) == []
+    last = newest(save)
+    resumed = train(tmp_path / "resumed", *COMMON, "--load", str(save))
     assert KILLS[name] <= last < 60 and list(resumed.losses) == list(range(last + 1, 61))
     assert resumed.losses == {step: whole.losses[step] for step in resumed.losses}
     assert resumed.gradient_norms == {step: whole.gradient_norms[step] for step in resumed.losses}
