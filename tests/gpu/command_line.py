@@ -47,7 +47,6 @@ def command(*arguments, **variables):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     if done.returncode:
         raise RuntimeError(f"exit status {done.returncode}: {(done.stdout + done.stderr)[-350:]}")
