@@ -19,7 +19,8 @@ answers (a GPU is there, or a stand-in is) it changes nothing. What is replaced,
 - torch.accelerator.is_available: False, or the DataLoader would pin memory.
 - DataLoader.__iter__: spares the generator, since a GPU's is not moved by the loader's draw, and
   training that resumes makes its loaders after it restored the generator.
-- init_process_group, new_group, barrier: gloo for nccl, and no device ids.
+- init_process_group, new_group, barrier: gloo for nccl, and no device ids. A process's groups share
+  one of gloo's devices, each of which has a thread that looks for work a hundred times a second.
 - multiprocessing's spawned children, one of which writes checkpoints: they install it too.
 - torch.compile: nothing, as Megatron's jit_fuser compiles. `kernels.plain` does so all the same,
   for which torch._inductor is kept from looking for a GPU that Triton drives.
@@ -82,6 +83,12 @@ def _on_cpu(device: object) -> object:
     if isinstance(device, str):
         return _CPU if device.partition(":")[0] == "cuda" else device
     return _CPU if isinstance(device, int) and not isinstance(device, bool) else device
+
+
+@functools.cache
+def _gloo_device(process: int) -> object:
+    """The one that all groups of this process share."""
+    return dist.ProcessGroupGloo.create_default_device()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -383,6 +390,21 @@ class _StandIn:
 
             return call
 
+        make_group: Callable = dist.ProcessGroupGloo.__init__
+
+        @functools.wraps(make_group)
+        def make_group_here(group: object, *args: object, **kwargs: object) -> None:
+            # The store, the rank and the size; then names, if it is not gloo's own options.
+            if len(args) > 3 or "options" in kwargs:
+                make_group(group, *args, **kwargs)
+                return
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [_gloo_device(os.getpid())]
+            for name in {"timeout", "enable_reconfigure"} & kwargs.keys():
+                setattr(options, {"timeout": "_timeout"}.get(name, name), kwargs.pop(name))
+            make_group(group, *args, **kwargs, options=options)
+
+        self._replace(dist.ProcessGroupGloo, "__init__", make_group_here)
         for name in ("barrier", "init_process_group", "new_group"):
             value = over_gloo(getattr(dist, name))
             for owner in (dist, dist.distributed_c10d):

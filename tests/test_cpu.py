@@ -271,6 +271,9 @@ dist.all_gather_object(gathered, rank)
 dist.barrier(device_ids=[rank])
 if rank == 0:
     print(dist.get_backend(), x.tolist(), gathered, torch.cuda.device_count())
+    groups = (dist.group.WORLD, group)
+    backends = [z._get_backend(torch.device("cpu")) for z in groups]
+    print(len({z for backend in backends for z in backend.options._devices}))
 dist.destroy_process_group()
 """
 
@@ -279,7 +282,7 @@ def test_two_processes_reduce_over_gloo(tmp_path):
     (tmp_path / "group.py").write_text(GROUP)
     done = launch(str(tmp_path / "group.py"), torchrun=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "gloo [3.0, 3.0, 3.0] [0, 1] 2\n"
+    assert done.stdout == "gloo [3.0, 3.0, 3.0] [0, 1] 2\n1\n"
 
 
 TINY_GPT = """
