@@ -1,11 +1,13 @@
 """Values that no argument takes and arguments without effect, each refused in a sentence."""
 
+import os
 import sys
+from unittest.mock import patch
 
 import pytest
 
 from megalodon_mcore import pretraining
-from training.runs import PRETRAIN, TINY, launch
+from training.runs import PRETRAIN, RENDEZVOUS, TINY, launch
 
 WRONG = {
     "--num-layers 0": "--num-layers is 0; it must be at least 1",
@@ -67,15 +69,15 @@ def cpu(monkeypatch, tmp_path):
 
     from megalodon_mcore import cpu
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    stand_in = cpu.install()
-    yield
-    stand_in.undo()
+    # Transformers' Trainer would make a process group of what a run leaves in the environment.
+    with patch.dict(os.environ):
+        for name in RENDEZVOUS:
+            os.environ.pop(name, None)
+        stand_in = cpu.install()
+        yield
+        stand_in.undo()
     global_vars.destroy_global_vars()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("text", WRONG)
