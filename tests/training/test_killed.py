@@ -95,7 +95,7 @@ def test_the_newest_checkpoint_loads_and_no_child_is_left(tmp_path, whole, name)
     for _ in range(KILLS[name]):
         assert kill_while_training(save, saving, moments) == []
     last = newest(save)
-    resumed = train(tmp_path / "resumed", *COMMON, "--load", str(save))
+    resumed = train(tmp_path / "resumed", *saving)
     assert KILLS[name] <= last < 60 and list(resumed.losses) == list(range(last + 1, 61))
     assert resumed.losses == {step: whole.losses[step] for step in resumed.losses}
     assert resumed.gradient_norms == {step: whole.gradient_norms[step] for step in resumed.losses}
